@@ -1,0 +1,38 @@
+"""The error of this room, and what its messages are made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, version
+
+
+class AdapterError(ValueError):
+    """An adapter does not describe the model it was given, or no adapter does. Nothing was changed."""
+
+
+def nearest(pattern: str, names: Iterable[str], count: int = 3) -> str:
+    """The names most like ``pattern``, for an error message: ``a, b, c``, or a plain statement that there are none."""
+    plain = re.sub(r"\\(.)|[()?^$]", lambda m: m.group(1) or "", pattern)  # read the regular expression as a name
+    close = get_close_matches(plain, list(dict.fromkeys(names)), n=count, cutoff=0.3)
+    return ", ".join(close) if close else "no similar name"
+
+
+def library_note(requirement: str) -> str:
+    """``transformers 5.23.0 is installed, the names were checked against transformers>=5.10,<6``."""
+    match = re.match(r"[A-Za-z0-9._-]+", requirement)
+    name = match.group() if match else requirement
+    try:
+        installed = f"{name} {version(name)} is installed"
+    except PackageNotFoundError:
+        installed = f"{name} is not installed"
+    return f"{installed}, the names were checked against {requirement}"
+
+
+def matches_nothing(adapter: str, library: str, kind: str, pattern: str, names: Iterable[str]) -> AdapterError:
+    """The error for a pattern that no module name fits; ``names`` are those it was tried on."""
+    return AdapterError(
+        f"adapter {adapter!r}: the {kind} pattern {pattern!r} matches no module. Nearest names: "
+        f"{nearest(pattern, names)}. {library_note(library)}."
+    )
