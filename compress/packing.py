@@ -1,0 +1,185 @@
+"""The logical compressed form of an N:M matrix, bit packing, and what it all weighs.
+
+Legend: O out_features, I in_features, G = ceil(I / M) groups per row, N kept of M, C = G * N kept values per row,
+B bytes per row. Nothing here depends on a kernel or a device; a runtime builds its own layout from this one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .masks import Pattern, check_nm, nm_mask
+
+
+@torch.no_grad()
+def compress_nm(w_OI: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """Kept values and where they stood: [O, I] -> values [O, C] (dtype of ``w_OI``), indices uint8 [O, C] in 0..M-1.
+
+    Values stand in increasing column order. A group with fewer than N non-zeros is filled with zeros at its lowest
+    unused indices, so indices increase strictly inside every group. A ragged tail counts as padded with zeros up to M;
+    an index points into that padding only when the tail itself is shorter than N.
+
+    Raises:
+        ValueError: ``w_OI`` is not a matrix, or has a group with more than N non-zeros.
+    """
+    if w_OI.ndim != 2:
+        raise ValueError(f"expected a matrix [out_features, in_features], found shape {tuple(w_OI.shape)}")
+    if not check_nm(w_OI, pattern):
+        raise ValueError(
+            f"expected a {pattern} matrix (at most {pattern.n} non-zeros of {pattern.m} along in_features), found a "
+            f"group with more in the matrix of shape {tuple(w_OI.shape)}; apply the mask before packing"
+        )
+    padding = -w_OI.shape[1] % pattern.m
+    if padding:
+        w_OI = torch.nn.functional.pad(w_OI, (0, padding))
+    # Non-zeros score 1 and zeros 0; ties go to the lower index, which is exactly the rule for filling up a group.
+    kept_OI = nm_mask(w_OI != 0, pattern)
+    values_OC = w_OI[kept_OI].view(w_OI.shape[0], -1)
+    position_I = torch.arange(w_OI.shape[1], device=w_OI.device).remainder_(pattern.m).to(torch.uint8)
+    indices_OC = position_I.expand(w_OI.shape)[kept_OI].view(w_OI.shape[0], -1)
+    return values_OC, indices_OC
+
+
+@torch.no_grad()
+def expand_nm(values_OC: Tensor, indices_OC: Tensor, pattern: Pattern, in_features: int) -> Tensor:
+    """Exact inverse of :func:`compress_nm`: values and indices [O, C] -> w [O, in_features].
+
+    Raises:
+        ValueError: shapes do not fit, or indices are not strictly increasing inside a group and below M.
+    """
+    n, m = pattern.n, pattern.m
+    groups = -(-in_features // m)
+    expected = (values_OC.shape[0], groups * n)
+    if tuple(values_OC.shape) != expected or tuple(indices_OC.shape) != expected:
+        raise ValueError(
+            f"expected values and indices of shape [out_features, {groups * n}] for {pattern} and {in_features} "
+            f"in_features, found {tuple(values_OC.shape)} and {tuple(indices_OC.shape)}"
+        )
+    _check_indices(indices_OC, pattern)
+    w_GM = torch.zeros((expected[0] * groups, m), dtype=values_OC.dtype, device=values_OC.device)
+    w_GM.scatter_(1, indices_OC.reshape(-1, n).long(), values_OC.reshape(-1, n))
+    return w_GM.view(expected[0], groups * m)[:, :in_features].contiguous()
+
+
+def _check_indices(indices_OC: Tensor, pattern: Pattern) -> None:
+    if not indices_OC.numel():
+        return
+    largest = int(indices_OC.max())
+    if largest >= pattern.m:
+        raise ValueError(f"expected indices 0..{pattern.m - 1} for {pattern}, found {largest}; the file is damaged")
+    index_GN = indices_OC.reshape(-1, pattern.n)
+    rising_G = (index_GN[:, 1:] > index_GN[:, :-1]).all(1)
+    if not bool(rising_G.all()):
+        group = int(rising_G.logical_not().nonzero()[0, 0])
+        raise ValueError(
+            f"expected strictly increasing indices inside each group of {pattern}, found {index_GN[group].tolist()} in "
+            f"group {group}; the file is damaged"
+        )
+
+
+@torch.no_grad()
+def pack_bits(x_OC: Tensor, bits: int) -> Tensor:
+    """Pack each row of small integers, least significant bit first: uint8 [..., C] -> uint8 [..., ceil(C * bits / 8)].
+
+    With 2 bits a byte holds two groups of 2:4, low nibble first, and a nibble is ``idx0 | idx1 << 2``. Rows start on a
+    byte; unused bits are zero.
+
+    Raises:
+        ValueError: ``bits`` not in 1..8, or a value that does not fit.
+    """
+    _check_bits(bits)
+    if x_OC.dtype != torch.uint8:
+        raise ValueError(f"expected uint8 values to pack, found {x_OC.dtype}")
+    if x_OC.numel() and int(x_OC.max()) >> bits:
+        raise ValueError(f"expected values below {1 << bits} for {bits} bits, found {int(x_OC.max())}")
+    count = x_OC.shape[-1]
+    if bits == 8:
+        return x_OC.clone()
+    per_word, word_bytes, word_dtype = _word(bits)
+    x_OC = torch.nn.functional.pad(x_OC, (0, -count % per_word)).unflatten(-1, (-1, per_word))
+    word_OW = x_OC[..., 0].to(word_dtype)
+    for k in range(1, per_word):
+        word_OW = word_OW | x_OC[..., k].to(word_dtype) << bits * k
+    byte_OWB = torch.stack([(word_OW >> 8 * k & 255).to(torch.uint8) for k in range(word_bytes)], dim=-1)
+    return byte_OWB.flatten(-2)[..., : packed_bytes(count, bits)].contiguous()
+
+
+@torch.no_grad()
+def unpack_bits(packed_OB: Tensor, bits: int, count: int) -> Tensor:
+    """Inverse of :func:`pack_bits`: uint8 [..., ceil(count * bits / 8)] -> uint8 [..., count].
+
+    Raises:
+        ValueError: ``bits`` not in 1..8, or rows of another length than ``count`` values need.
+    """
+    _check_bits(bits)
+    needed = packed_bytes(count, bits)
+    if packed_OB.dtype != torch.uint8 or packed_OB.shape[-1] != needed:
+        raise ValueError(
+            f"expected uint8 rows of {needed} bytes for {count} values of {bits} bits, "
+            f"found {packed_OB.dtype} {tuple(packed_OB.shape)}"
+        )
+    if bits == 8:
+        return packed_OB.clone()
+    per_word, word_bytes, word_dtype = _word(bits)
+    byte_OWB = torch.nn.functional.pad(packed_OB, (0, -needed % word_bytes)).unflatten(-1, (-1, word_bytes))
+    word_OW = byte_OWB[..., 0].to(word_dtype)
+    for k in range(1, word_bytes):
+        word_OW = word_OW | byte_OWB[..., k].to(word_dtype) << 8 * k
+    low = (1 << bits) - 1
+    x_OWC = torch.stack([(word_OW >> bits * k & low).to(torch.uint8) for k in range(per_word)], dim=-1)
+    return x_OWC.flatten(-2)[..., :count].contiguous()
+
+
+def _check_bits(bits: int) -> None:
+    if not 1 <= bits <= 8:
+        raise ValueError(f"expected 1 to 8 bits per value, found {bits}")
+
+
+def _word(bits: int) -> tuple[int, int, torch.dtype]:
+    """Smallest run of whole bytes that whole values fill: values per word, bytes per word, dtype that holds it."""
+    if 8 % bits == 0:
+        return 8 // bits, 1, torch.uint8
+    return 8, bits, torch.int64
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes of a packed row of ``count`` values of ``bits`` bits."""
+    return -(-count * bits // 8)
+
+
+def index_bits(pattern: Pattern) -> int:
+    """Bits of one stored index: ceil(log2 M), at least 1."""
+    return max(1, (pattern.m - 1).bit_length())
+
+
+def bits_per_weight(
+    pattern: Pattern | None, value_bits: int, index: Literal["per_value", "combinatorial"] = "per_value"
+) -> float:
+    """Stored bits per weight of the dense matrix, N (b + i) / M; ``value_bits`` when there is no pattern.
+
+    ``combinatorial`` counts ceil(log2 C(M, N)) index bits per group instead of N * ceil(log2 M); it is a bound to
+    compare with, not a format that is written.
+    """
+    if pattern is None:
+        return float(value_bits)
+    if index == "combinatorial":
+        group_index_bits = (math.comb(pattern.m, pattern.n) - 1).bit_length()
+    else:
+        group_index_bits = pattern.n * index_bits(pattern)
+    return (pattern.n * value_bits + group_index_bits) / pattern.m
+
+
+def paper_bytes(shape: Sequence[int], pattern: Pattern | None, value_bits: int) -> int:
+    """Bytes of one weight of ``shape`` as the papers count: values and indices only, rounded up to a whole byte.
+
+    Scales, biases and the padding of ragged tails are not counted (GPUSQ-TLM, Table 1; Deep Compression, section 4).
+    """
+    numel = math.prod(shape)
+    if pattern is None:
+        return packed_bytes(numel, value_bits)
+    return -(-numel * pattern.n * (value_bits + index_bits(pattern)) // (8 * pattern.m))
