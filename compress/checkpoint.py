@@ -1,0 +1,286 @@
+"""The checkpoint folder: save, load, verify.
+
+    squeezoo.json        format version, model, adapter, plan, resolved recipe, base model, versions, sha256 of each file
+    weights.safetensors  packed tensors (``pack.py``)
+    golden.safetensors   an input and the output it must give
+    config.json, tokenizer or preprocessor files of the base model
+
+The weight file is not called ``model.safetensors`` on purpose: a library that does not know the format must fail loudly
+instead of loading random weights. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..models import all_adapters
+from ..models.adapter import find_sites
+from ..models.dense import build, describe, logits
+from ..models.example import example_batch
+from .atomic import recover_, replaced_folder, sha256
+from .pack import input_scales, pack, unpack
+from .plan import Plan
+from .recipe import Recipe
+from .runtime import int8_supported, use_input_scales_, use_int8_
+
+FORMAT_VERSION = 1
+MANIFEST, WEIGHTS, GOLDEN, CONFIG = "squeezoo.json", "weights.safetensors", "golden.safetensors", "config.json"
+Backend = Literal["auto", "int8", "reference", "dense"]
+Resolved = Literal["int8", "reference", "dense"]
+
+# The reference repeats the arithmetic that made the golden output; only the order of float sums may differ.
+REFERENCE_TOLERANCE = 1e-3
+# The integer backend rounds LayerNorm and softmax differently by some 1e-7, which now and then moves an activation over
+# a rounding boundary of the next quantizer: one step (1/127 of the range) in one of thousands of summands.
+INT8_TOLERANCE = 5e-2
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, damaged, of another format, or cannot run here."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that ``squeezoo.json`` says."""
+
+    name: str
+    model: dict[str, Any]
+    plan: Plan
+    recipe: Recipe
+    base: dict[str, str | None]
+    libraries: dict[str, str]
+    training: tuple[dict[str, Any], ...] = ()
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {key: value for key, value in vars(self).items()}
+        data["plan"], data["recipe"] = self.plan.to_dict(), self.recipe.model_dump(mode="json")
+        data["training"] = list(self.training)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
+        fields = dict(data)
+        fields["plan"] = Plan.from_dict(data["plan"])
+        fields["recipe"] = Recipe.parse(data["recipe"], where="the checkpoint's recipe")
+        fields["training"] = tuple(data["training"])
+        return cls(**fields)
+
+
+def save_checkpoint(
+    model: nn.Module,
+    plan: Plan,
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    name: str,
+    base: Mapping[str, str | None],
+    processor: Any = None,
+    training: tuple[dict[str, Any], ...] = (),
+) -> Path:
+    """Pack an attached model into ``folder``, whole or not at all; an old checkpoint there survives any failure.
+
+    Raises:
+        PackError: the model does not fit the plan. OSError: the disk (nothing has changed then).
+    """
+    folder = Path(folder)
+    tensors = pack(model, plan, recipe.storage)
+    description = describe(model)
+    batch = example_batch(model, padded=True)
+    reference = _assemble(description, tensors, plan, "reference")
+    with torch.inference_mode():
+        output = logits(reference, batch)
+    golden = {**{f"input.{key}": value for key, value in batch.items()}, "output": output.float()}
+    with replaced_folder(folder) as fresh:
+        save_file(tensors, fresh / WEIGHTS)
+        save_file({key: value.contiguous() for key, value in golden.items()}, fresh / GOLDEN)
+        (fresh / CONFIG).write_text(json.dumps(description["config"], indent=1) + "\n", encoding="utf-8")
+        if processor is not None:
+            processor.save_pretrained(fresh)
+        files = {
+            file.relative_to(fresh).as_posix(): {"sha256": sha256(file), "bytes": file.stat().st_size}
+            for file in sorted(fresh.rglob("*"))
+            if file.is_file()
+        }
+        manifest = Manifest(name, description, plan, recipe, dict(base), library_versions(), training, files)
+        (fresh / MANIFEST).write_text(json.dumps(manifest.to_dict(), indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def load_manifest(folder: str | Path) -> Manifest:
+    """Read ``squeezoo.json``.
+
+    Raises:
+        CheckpointError: no such folder or manifest, not JSON, or written by a newer format.
+    """
+    folder = Path(folder)
+    recover_(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        found = "the folder does not exist" if not folder.is_dir() else f"it holds no {MANIFEST}"
+        raise CheckpointError(f"expected a Squeezoo checkpoint in {folder}, but {found}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version = data["format_version"]
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format version {version}, this Squeezoo reads {FORMAT_VERSION}: upgrade Squeezoo"
+            )
+        return Manifest.from_dict(data)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; get the checkpoint again") from error
+
+
+def check_files(folder: str | Path, manifest: Manifest) -> None:
+    """Compare every file with its recorded size and SHA-256.
+
+    Raises:
+        CheckpointError: names the file, what was expected and what was found.
+    """
+    for name, expected in manifest.files.items():
+        path = Path(folder) / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing from the checkpoint; get the checkpoint again")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(
+                f"{path} is damaged: expected {expected['bytes']:,} bytes with sha256 {expected['sha256']}, found "
+                f"{size:,} bytes with sha256 {sha256(path)}; get the checkpoint again"
+            )
+        found = sha256(path)
+        if found != expected["sha256"]:
+            raise CheckpointError(
+                f"{path} is damaged: expected sha256 {expected['sha256']}, found {found}; get the checkpoint again"
+            )
+
+
+def load(folder: str | Path, *, device: str = "cpu", backend: Backend = "auto", check: bool = True) -> nn.Module:
+    """The model of a checkpoint, ready for inference: a normal transformers / timm module in evaluation mode.
+
+    Args:
+        folder: a checkpoint folder.
+        device: where the model runs; the integer backend is for CPUs, elsewhere ``auto`` takes ``reference``.
+        backend: ``int8`` replaces quantized GEMMs by integer kernels; ``reference`` repeats the training-time arithmetic
+            in float32; ``dense`` has the same weights as plain float32 and rounds no inputs (the model to compare speed
+            with); ``auto`` takes ``int8`` where this machine has the kernels.
+        check: compare every file with its SHA-256 first.
+
+    Raises:
+        CheckpointError: damaged files, or a backend that cannot run here.
+    """
+    manifest = load_manifest(folder)
+    if check:
+        check_files(folder, manifest)
+    tensors = _load_tensors(Path(folder) / WEIGHTS)
+    backend = _resolve_backend(backend, device, manifest)
+    return _assemble(manifest.model, tensors, manifest.plan, backend).to(device)
+
+
+def _resolve_backend(backend: Backend, device: str, manifest: Manifest) -> Resolved:
+    if backend in ("reference", "dense"):
+        return backend
+    if backend not in ("auto", "int8"):
+        raise CheckpointError(f"unknown backend {backend!r}; allowed: auto, int8, reference, dense")
+    supported, reason = int8_supported()
+    if not device.startswith("cpu"):
+        supported, reason = False, f"the int8 backend runs on the CPU, not on {device}"
+    if not any(gemm.input_bits == 8 for gemm in manifest.plan.gemms):
+        supported, reason = False, f"recipe {manifest.recipe.name} has no GEMM with 8-bit inputs"
+    if backend == "int8" and not supported:
+        raise CheckpointError(f"backend int8 cannot run: {reason}; use backend='reference'")
+    return "int8" if supported else "reference"
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; get the checkpoint again") from error
+
+
+def _assemble(
+    description: Mapping[str, Any], tensors: Mapping[str, Tensor], plan: Plan, backend: Resolved
+) -> nn.Module:
+    """Build the module tree and fill it with the packed tensors."""
+    model = build(description)
+    unpacked = unpack(tensors, plan, keep_int8=backend == "int8")
+    result = model.load_state_dict(unpacked.state, strict=False)
+    expected = {f"{name}.weight" for name in unpacked.int8}
+    if missing := sorted(set(result.missing_keys) - expected):
+        raise CheckpointError(f"the weight file lacks {missing[0]} ({len(missing)} tensors missing)")
+    if result.unexpected_keys:
+        raise CheckpointError(f"the weight file has {result.unexpected_keys[0]}, which the model does not know")
+    if backend == "dense":
+        return model.eval()
+    if unpacked.int8:
+        use_int8_(model, find_sites(model, all_adapters()[plan.adapter]), unpacked.int8)
+    scales = {name: scale for name, scale in input_scales(tensors, plan).items() if name not in unpacked.int8}
+    bits = {gemm.name: gemm.input_bits for gemm in plan.gemms}
+    use_input_scales_(model, {name: (scale, bits[name] or 8) for name, scale in scales.items()})
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What ``verify`` measured: largest difference to the golden output, relative to its largest value."""
+
+    name: str
+    files: int
+    reference_error: float
+    int8_error: float | None
+    int8_reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def verify(folder: str | Path) -> Verification:
+    """Prove a checkpoint: every hash, then the golden output with each backend that this machine has.
+
+    Raises:
+        CheckpointError: a damaged file, or an output that differs by more than the tolerance.
+    """
+    manifest = load_manifest(folder)
+    check_files(folder, manifest)
+    tensors = _load_tensors(Path(folder) / WEIGHTS)
+    golden = _load_tensors(Path(folder) / GOLDEN)
+    batch = {key.removeprefix("input."): value for key, value in golden.items() if key.startswith("input.")}
+
+    def error(backend: Resolved, tolerance: float) -> float:
+        with torch.inference_mode():
+            output = logits(_assemble(manifest.model, tensors, manifest.plan, backend), batch).float()
+        distance = float((output - golden["output"]).abs().amax() / golden["output"].abs().amax().clamp_min(1e-12))
+        if not distance <= tolerance:
+            raise CheckpointError(
+                f"{folder}: the {backend} backend is off by {distance:.2e} of the golden output (allowed {tolerance}); "
+                "the files are intact, so report this with the output of `squeezoo doctor`"
+            )
+        return distance
+
+    reference_error = error("reference", REFERENCE_TOLERANCE)
+    runnable = _resolve_backend("auto", "cpu", manifest) == "int8"
+    reason = "" if runnable else "not run: " + (int8_supported()[1] or "no GEMM with 8-bit inputs")
+    int8_error = error("int8", INT8_TOLERANCE) if runnable else None
+    return Verification(manifest.name, len(manifest.files), reference_error, int8_error, reason)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide what a checkpoint computes."""
+    versions = {}
+    for name in ("squeezoo", "torch", "transformers", "timm", "safetensors", "numpy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

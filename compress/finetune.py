@@ -1,0 +1,254 @@
+"""Fine-tuning of an attached model on ``transformers.Trainer``; ours is only what it lacks.
+
+Added to the Trainer: the distillation loss, a batch order that depends on seed and epoch alone (so that a resumed run
+sees the same batches), augmentation that depends on seed and step alone, no weight decay on scales, and checkpoints
+that are only resumed from when they are complete.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..models import adapter_for
+from ..models.adapter import find_sites
+from ..models.dense import logits
+from ..models.torchvision_guard import ensure_torchvision_importable
+from .attach import quantizers
+from .distill import FeatureTap, hard_loss, mixed_loss
+from .recipe import Finetune
+
+Batch = dict[str, Tensor]
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on."""
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """What a recipe trains and calibrates on.
+
+    Args:
+        features: one mapping per sample, as ``collate`` takes them.
+        collate: list of features -> batch of tensors with ``labels`` [B].
+        augment: batch, generator -> batch; training only. It must draw from the generator alone.
+    """
+
+    features: Sequence[Mapping[str, Any]]
+    collate: Callable[[list[Mapping[str, Any]]], Batch]
+    augment: Callable[[Batch, torch.Generator], Batch] | None = None
+
+    def lengths(self) -> list[int]:
+        """Tokens per sample, for batches of similar length; all 1 for images."""
+        return [len(f["input_ids"]) if "input_ids" in f else 1 for f in self.features]
+
+
+class EpochSampler(torch.utils.data.Sampler[int]):
+    """Shuffled indices with samples of similar length side by side; the order is a function of (seed, epoch) alone."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed = torch.tensor(lengths), batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = torch.randperm(len(self), generator=generator)
+        # Sort by length inside chunks of 50 batches: little padding, and still a different order each epoch.
+        chunks = [c[self.lengths[c].argsort(stable=True)] for c in order.split(self.batch_size * 50)]
+        batches = [b for c in chunks for b in c.split(self.batch_size)]
+        full = [b for b in batches if len(b) == self.batch_size]
+        rest = [b for b in batches if len(b) < self.batch_size]
+        shuffled = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()] + rest
+        return iter(torch.cat(shuffled).tolist())
+
+
+class Objective(nn.Module):
+    """Student plus loss as one module, so that the Trainer only sees ``loss = objective(**batch)``.
+
+    It is not a ``PreTrainedModel`` on purpose: the Trainer then saves exactly ``state_dict()``, without the renaming
+    of keys that ``save_pretrained`` does for some architectures.
+    """
+
+    def __init__(self, student: nn.Module, stage: Finetune, teacher: nn.Module | None, augment: Any, seed: int) -> None:
+        super().__init__()
+        self.student = student
+        self.stage, self.augment, self.seed = stage, augment, seed
+        self.step = 0
+        # In a tuple: the teacher is no submodule, so it is neither trained nor saved nor put into training mode.
+        self._teacher = (teacher,)
+        if stage.distill is not None:
+            assert teacher is not None
+            kinds = stage.distill.features if stage.distill.feature else ()
+            self._taps = tuple(FeatureTap(find_sites(m, adapter_for(m)), kinds) for m in (student, teacher))
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        if self.augment is not None:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+            batch = self.augment(batch, generator)
+        labels, teacher, config = batch.get("labels"), self._teacher[0], self.stage.distill
+        if teacher is None or config is None:
+            loss = hard_loss(logits(self.student, batch), labels)
+        else:
+            student_tap, teacher_tap = self._taps
+            with torch.no_grad(), teacher_tap:
+                teacher_BC = logits(teacher, batch)
+            with student_tap:
+                student_BC = logits(self.student, batch)
+            loss = mixed_loss(
+                config,
+                student_BC,
+                teacher_BC,
+                labels,
+                student_tap.features,
+                teacher_tap.features,
+                batch.get("attention_mask"),
+            )
+        if not torch.isfinite(loss):
+            raise TrainingError(f"the loss is {loss.item()} at step {self.step}: lower the learning rate")
+        return {"loss": loss}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The student's tensors; a tensor under two names (tied weights) is saved once, as safetensors demands."""
+        state = super().state_dict(*args, **kwargs)
+        seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
+        for name, tensor in list(state.items()):
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+            if tensor.numel() and key in seen:
+                del state[name]
+            seen.add(key)
+        return state
+
+
+def finetune_(
+    student: nn.Module,
+    stage: Finetune,
+    data: TrainData,
+    folder: Path,
+    *,
+    teacher: nn.Module | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    save_seconds: float = 120.0,
+    title: str = "finetune",
+) -> dict[str, float]:
+    """Train ``student`` in place for one stage; resumes from the last complete checkpoint in ``folder``.
+
+    Returns ``steps``, ``seconds`` (this call), ``loss`` (mean over the last tenth).
+
+    Raises:
+        TrainingError: the loss is not finite. The last checkpoint stays, and so does ``student``'s state in it.
+    """
+    ensure_torchvision_importable()
+    from transformers import Trainer, TrainingArguments, set_seed
+
+    from .progress import TrainingProgress
+
+    set_seed(seed)
+    objective = Objective(student, stage, teacher, data.augment, seed)
+    if teacher is not None:
+        teacher.requires_grad_(False).eval().to(device)
+    steps_per_epoch = math.ceil(len(data.features) / stage.batch_size)
+    total_steps = max(1, math.ceil(steps_per_epoch * stage.epochs))
+    sampler = EpochSampler(data.lengths(), stage.batch_size, seed)
+
+    class StageTrainer(Trainer):
+        def _get_train_sampler(self, *_: Any, **__: Any) -> EpochSampler:
+            return sampler
+
+        def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+            scales = {f"{name}.scale" for name, _ in quantizers(model)}
+            return [name for name in super().get_decay_parameter_names(model) if name not in scales]
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            objective.step = self.state.global_step
+            return super().training_step(*args, **kwargs)
+
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=total_steps,
+        per_device_train_batch_size=stage.batch_size,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(stage.schedule, stage.schedule),
+        warmup_steps=round(stage.warmup * total_steps),
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.max_grad_norm,
+        seed=seed,
+        use_cpu=device == "cpu",
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+        logging_steps=max(1, total_steps // 10),
+        save_strategy="no",
+        save_total_limit=1,
+    )
+    progress = TrainingProgress(title, total_steps, save_seconds)
+    trainer = StageTrainer(
+        model=objective,
+        args=arguments,
+        train_dataset=_Rows(data.features),
+        data_collator=data.collate,
+        callbacks=[progress],
+    )
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    last = last_complete_checkpoint(folder)
+    result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    for _, quantizer in quantizers(student):
+        quantizer.clamp_()
+    student.eval()
+    return {
+        "steps": float(result.global_step),
+        "seconds": round(float(result.metrics["train_runtime"]), 1),
+        "loss": round(progress.last_loss, 6),
+    }
+
+
+class _Rows(torch.utils.data.Dataset[Mapping[str, Any]]):
+    """The features as the map-style dataset that the Trainer expects."""
+
+    def __init__(self, features: Sequence[Mapping[str, Any]]) -> None:
+        self.features = features
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self.features[index]
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest ``checkpoint-<step>`` that was written to its end; unfinished ones (a kill while saving) are removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for path in found:
+        if _is_complete(path):
+            return path
+        shutil.rmtree(path)
+    return None
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        with safe_open(path / "model.safetensors", framework="pt") as tensors:
+            tensors.keys()
+    except (OSError, ValueError, SafetensorError):
+        return False
+    written_last = all((path / name).is_file() for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"))
+    return written_last and int(state["global_step"]) == int(path.name.split("-")[1])

@@ -1,0 +1,259 @@
+"""Linear modules that multiply integers: int8 weights, inputs rounded to 255 levels, float results.
+
+    y_TO = s_x * s_O * (levels_TI @ q_OI^T) + b_O,   levels = round(clamp(x / s_x, -127, 127))
+
+Two kernels of PyTorch compute it. Their sums are exact int32, so they differ by the rounding of floats only.
+
+* packed: oneDNN's matmul on weights reordered once, with scales, bias and activation inside. Its input must be uint8: a
+  signed input falls to a reference kernel thousands of times slower. So it gets level + 128 and the zero point 128,
+  which makes the same integers.
+* plain: ``torch._int_mm`` on the weights as they are and int8 levels. It starts in some 5 microseconds instead of 25,
+  but reorders the weights at every call and needs a second pass for scales and bias: the better one for few rows.
+
+The dtype of a tensor of levels says for which of the two it was made. Legend: T rows (tokens of the whole batch),
+I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Literal, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .reference import LARGEST_LEVEL
+
+ZERO_POINT = 128
+Activation = Literal["gelu", "gelu_tanh", "relu"]
+
+# Per activation: oneDNN's name and algorithm, and a lower bound of its values.
+_POST_OPS: dict[Activation | None, tuple[str, str, float]] = {
+    None: ("none", "", float("-inf")),
+    "gelu": ("gelu", "none", -0.1700),
+    "gelu_tanh": ("gelu", "tanh", -0.1701),
+    "relu": ("relu", "", 0.0),
+}
+
+
+def prefers_plain(rows: int, out_features: int, in_features: int, activated: bool) -> bool:
+    """Whether the plain kernel is the faster one; measured on two cores with AVX-512 VNNI, 128 to 3072 features.
+
+    One row is a matrix-vector product, always faster unpacked. Otherwise the weights must be small enough to be
+    reordered at every call, and the result small enough for a second pass (two more with an activation).
+    """
+    if rows == 1:
+        return True
+    return out_features * in_features <= 600_000 and rows * out_features <= (16_384 if activated else 131_072)
+
+
+def to_levels(x_TI: Tensor, scale: float, signed: bool) -> Tensor:
+    """``round(clamp(x / scale, -127, 127))`` as int8, or plus 128 as uint8. A NaN becomes some level."""
+    if not hasattr(torch, "quantize_per_tensor"):
+        return to_levels_by_arithmetic(x_TI, scale, signed)
+    # Deprecated since PyTorch 2.13, but one pass instead of four. The storage of its result is taken over: int_repr()
+    # would copy it. It saturates at level -128, which the quantizer does not have.
+    zero_point, quantized, integer = (0, torch.qint8, torch.int8) if signed else (128, torch.quint8, torch.uint8)
+    found = torch.quantize_per_tensor(x_TI, scale, zero_point, quantized)
+    levels = torch.empty(0, dtype=integer).set_(found.untyped_storage(), 0, found.shape, found.stride())
+    return levels.clamp_(min=zero_point - LARGEST_LEVEL)
+
+
+def to_levels_by_arithmetic(x_TI: Tensor, scale: float, signed: bool) -> Tensor:
+    """The same for a PyTorch without quantized tensors."""
+    levels = x_TI.detach().mul(1.0 / scale).round_().clamp_(-LARGEST_LEVEL, LARGEST_LEVEL)
+    return levels.to(torch.int8) if signed else levels.add_(ZERO_POINT).to(torch.uint8)
+
+
+class Int8Gemm:
+    """One weight matrix ready to multiply. It holds the weights plain and packed: 2 bytes for each.
+
+    Args:
+        weight_q_OI: int8 [O, I]. scale_O: float32 [O]. bias_O: float32 [O] or None.
+        input_scale: step of the levels of the input.
+        activation: applied to the result.
+        next_scale: emit the result as levels of this step, for the next GEMM, instead of float.
+        takes_levels: accept such levels as input; they have the step ``input_scale``.
+    """
+
+    def __init__(
+        self,
+        weight_q_OI: Tensor,
+        scale_O: Tensor,
+        bias_O: Tensor | None,
+        input_scale: float,
+        activation: Activation | None = None,
+        next_scale: float | None = None,
+        takes_levels: bool = False,
+    ) -> None:
+        self.weight_q_OI = weight_q_OI.detach().contiguous()
+        self.scale_O = scale_O.detach().contiguous()
+        self.bias_O = None if bias_O is None else bias_O.detach().contiguous()
+        self.input_scale = input_scale
+        self.activation: Activation | None = activation
+        self.next_scale = next_scale
+        self.takes_levels = takes_levels
+        self.out_features, self.in_features = weight_q_OI.shape
+        self._pack()
+
+    def _pack(self) -> None:
+        self._packed = torch.ops.onednn.qlinear_prepack(self.weight_q_OI, None)
+        self._zero_points_O = torch.zeros(self.out_features, dtype=torch.int32)
+        self._weight_q_IO = self.weight_q_OI.t()
+        self._step_O = self.scale_O * self.input_scale
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the packed weights: oneDNN's tensors can be neither copied nor pickled."""
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._pack()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., I] → [..., O], in the dtype of ``x`` unless the result is levels.
+
+        Raises:
+            ValueError: the last dimension of ``x`` is not I.
+            TypeError: ``x`` is not floating point (nor levels, where they are accepted).
+        """
+        shape, dtype = x.shape, x.dtype
+        if not shape or shape[-1] != self.in_features:
+            raise ValueError(f"expected an input of {self.in_features} features, found the shape {list(shape)}")
+        x_TI = x.reshape(-1, self.in_features)
+        next_scale = self.next_scale
+        if x.is_floating_point():
+            if dtype is not torch.float32:
+                x_TI = x_TI.float()
+                next_scale = None  # levels would not tell the next GEMM which dtype the model works in
+            plain = prefers_plain(x_TI.shape[0], self.out_features, self.in_features, self.activation is not None)
+            x_TI = to_levels(x_TI, self.input_scale, signed=plain)
+        elif not self.takes_levels:
+            raise TypeError(f"expected a floating point input, found {str(dtype).removeprefix('torch.')}")
+        y_TO = (self._run_plain if x_TI.dtype is torch.int8 else self._run_packed)(x_TI, next_scale)
+        if dtype is torch.bfloat16 or dtype is torch.float16 or dtype is torch.float64:
+            y_TO = y_TO.to(dtype)
+        return y_TO.view(*shape[:-1], self.out_features)
+
+    def _run_plain(self, levels_TI: Tensor, next_scale: float | None) -> Tensor:
+        y_TO = torch._int_mm(levels_TI, self._weight_q_IO).float()
+        y_TO = y_TO.mul_(self._step_O) if self.bias_O is None else torch.addcmul(self.bias_O, y_TO, self._step_O)
+        if self.activation == "relu":
+            y_TO = F.relu(y_TO)
+        elif self.activation is not None:
+            y_TO = F.gelu(y_TO, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return y_TO if next_scale is None else to_levels(y_TO, next_scale, signed=True)
+
+    def _run_packed(self, levels_TI: Tensor, next_scale: float | None) -> Tensor:
+        post_op, algorithm, smallest = _POST_OPS[self.activation]
+        y_TO = torch.ops.onednn.qlinear_pointwise.default(
+            levels_TI,
+            self.input_scale,
+            ZERO_POINT,
+            self._packed,
+            self.scale_O,
+            self._zero_points_O,
+            self.bias_O,
+            1.0 if next_scale is None else next_scale,
+            0 if next_scale is None else ZERO_POINT,
+            torch.float32 if next_scale is None else torch.uint8,
+            post_op,
+            [],
+            algorithm,
+        )
+        if next_scale is not None and smallest < -LARGEST_LEVEL * next_scale:
+            y_TO.clamp_(min=ZERO_POINT - LARGEST_LEVEL)  # saturated at level -128; GELU reaches it at tiny steps only
+        return y_TO
+
+
+class SharedInput:
+    """Several GEMMs of one input as one: the first caller computes all, the others are handed their rows.
+
+    The results wait in one attribute, together with the tensor they belong to, and leave it when they are fetched, or
+    when that tensor dies. Another tensor, an altered one, or another thread in between only means that the GEMM runs
+    again: each step takes or replaces the attribute as a whole. (Inference tensors do not record alterations; one that
+    is changed in place between two of the callers is taken for the same.)
+    """
+
+    def __init__(self, gemm: Int8Gemm, sizes: tuple[int, ...]) -> None:
+        self.gemm = gemm
+        self.sizes = sizes
+        self._waiting: tuple[weakref.ref[Tensor], int, tuple[Tensor | None, ...]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"gemm": self.gemm, "sizes": self.sizes, "_waiting": None}
+
+    def take(self, index: int, x: Tensor) -> Tensor:
+        """Result ``index`` for the input ``x``: a view of [..., sum(sizes)]."""
+        version = -1 if x.is_inference() else x._version
+        waiting = self._waiting
+        result = waiting[2][index] if waiting is not None and waiting[0]() is x and waiting[1] == version else None
+        if waiting is not None and result is not None:
+            owner, results = waiting[0], waiting[2]
+        else:
+            results = self.gemm(x).split(self.sizes, dim=-1)
+            owner, result = weakref.ref(x, self._forget), results[index]
+        others = (*results[:index], None, *results[index + 1 :])
+        self._waiting = (owner, version, others) if any(other is not None for other in others) else None
+        return result
+
+    def _forget(self, owner: weakref.ref[Tensor]) -> None:
+        waiting = self._waiting
+        if waiting is not None and waiting[0] is owner:
+            self._waiting = None
+
+
+class _InferenceOnly(nn.Module):
+    """No parameters, no gradients, nothing to save."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.training = False
+
+    def train(self, mode: bool = True) -> _InferenceOnly:
+        if mode:
+            raise RuntimeError(
+                "an int8 model is for inference only and stays in evaluation mode (call eval() to restore it everywhere);"
+                " train the model that it was made from"
+            )
+        return super().train(False)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> NoReturn:
+        raise RuntimeError(
+            f"{prefix.rstrip('.')} is an int8 runtime module without parameters, so a state dict of this model would "
+            "be incomplete: keep the checkpoint that it was loaded from, or save the model before use_int8_"
+        )
+
+
+class Int8Linear(_InferenceOnly):
+    """In the place of one linear: its own GEMM."""
+
+    def __init__(self, gemm: Int8Gemm) -> None:
+        super().__init__()
+        self.gemm = gemm
+        self.in_features, self.out_features = gemm.in_features, gemm.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gemm(x)
+
+    def extra_repr(self) -> str:
+        fused = f", activation={self.gemm.activation}" if self.gemm.activation else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}{fused}"
+
+
+class Int8Slice(_InferenceOnly):
+    """In the place of one linear of several that read the same tensor: some rows of a common GEMM."""
+
+    def __init__(self, shared: SharedInput, index: int) -> None:
+        super().__init__()
+        self.shared = shared
+        self.index = index
+        self.in_features, self.out_features = shared.gemm.in_features, shared.sizes[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared.take(self.index, x)
+
+    def extra_repr(self) -> str:
+        part = f"part {self.index + 1} of {len(self.shared.sizes)}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {part}"
