@@ -1,0 +1,19 @@
+"""What a model is worth: tasks and scores, speed. Importing this costs no torch, transformers or scikit-learn."""
+
+from __future__ import annotations
+
+from .glue import MRPC, SST2
+from .image import CIFAR10, DIGITS
+from .task import Score, Task, nearest
+
+TASKS: dict[str, Task] = {task.name: task for task in (SST2, MRPC, DIGITS, CIFAR10)}
+
+
+def get_task(name: str) -> Task:
+    """The task of this name. Raises ValueError with the known names and the nearest one."""
+    if name not in TASKS:
+        raise ValueError(nearest("task", name, TASKS))
+    return TASKS[name]
+
+
+__all__ = ["TASKS", "Score", "Task", "get_task"]

@@ -1,0 +1,238 @@
+"""Image classification: scikit-learn's digits (no file needed) and CIFAR-10.
+
+Folder layout of CIFAR-10: ``DIR/cifar10/{train,test}.parquet`` columns ``image`` (encoded bytes) and ``label``.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from . import files, metrics
+from .augment import flip_and_crop, shift_one_pixel
+from .task import Feature, Row, Task, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+SPLITS = ("train", "test")
+CIFAR10_HUB = "uoft-cs/cifar10"
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How stored pixels become model inputs: ``(pixel / full - mean) / std``, per channel."""
+
+    channels: int
+    full: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+# 4-bit counts 0..16 -> [-1, 1]
+DIGITS_PIXELS = Pixels(1, 16.0, (0.5,), (0.5,))
+# mean and standard deviation of the 50,000 training images (Krizhevsky 2009), as used throughout the literature
+CIFAR10_PIXELS = Pixels(3, 255.0, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+class ImageFeatures(Sequence[Feature]):
+    """Rows as model inputs, decoded when accessed, so that a data set takes the memory of its files.
+
+    Item: ``{"pixel_values": float32 [C, H, W], "labels": int}``.
+    """
+
+    def __init__(self, rows: Sequence[Row], pixels: Pixels, size: tuple[int, int] | None) -> None:
+        import torch
+
+        self.rows, self.pixels, self.size = rows, pixels, size
+        self._mean_C11 = torch.tensor(pixels.mean)[:, None, None] * pixels.full
+        self._std_C11 = torch.tensor(pixels.std)[:, None, None] * pixels.full
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Feature: ...
+    @overload
+    def __getitem__(self, index: slice) -> ImageFeatures: ...
+    def __getitem__(self, index: int | slice) -> Feature | ImageFeatures:
+        if isinstance(index, slice):
+            return ImageFeatures(self.rows[index], self.pixels, self.size)
+        import torch
+
+        row = self.rows[index]
+        image_HWC = torch.from_numpy(self._decode(row))
+        image_CHW = image_HWC.permute(2, 0, 1).float()
+        return {"pixel_values": (image_CHW - self._mean_C11) / self._std_C11, "labels": int(row["label"])}
+
+    def _decode(self, row: Row) -> np.ndarray:
+        """The image as uint8 or (resized from an array) float32 [H, W, C], in the wanted size."""
+        import numpy as np
+        from PIL import Image
+
+        stored = row["image"]
+        if isinstance(stored, np.ndarray) and self.size in (None, stored.shape[:2]):
+            return stored.reshape(*stored.shape[:2], self.pixels.channels)
+        try:
+            if isinstance(stored, np.ndarray):
+                image = Image.fromarray(stored.astype(np.float32))  # 17 grey levels must not be rounded to when resized
+            else:
+                image = Image.open(io.BytesIO(stored)).convert("RGB" if self.pixels.channels == 3 else "L")
+        except OSError as error:
+            raise files.DataError(f"{row['where']}: not a readable image ({error})") from error
+        if self.size is not None and (image.height, image.width) != self.size:
+            image = image.resize((self.size[1], self.size[0]), Image.Resampling.BICUBIC)
+        return np.array(image).reshape(image.height, image.width, self.pixels.channels)
+
+
+def encode_images(rows: Sequence[Row], processor: Any, max_length: int = 0, *, pixels: Pixels) -> ImageFeatures:
+    """Rows as lazily decoded inputs of the size that ``processor`` asks for, normalised with the data set's constants.
+
+    Args:
+        processor: anything `input_size` understands; None keeps the stored size.
+        max_length: unused, images have no length.
+    """
+    return ImageFeatures(rows, pixels, input_size(processor))
+
+
+def input_size(processor: Any) -> tuple[int, int] | None:
+    """(height, width) wanted by ``processor``; None when it does not say.
+
+    Understands an integer, (height, width) or (channels, height, width), timm's data configuration (a mapping with
+    ``input_size`` as channels, height, width), a transformers image processor (``crop_size`` where it crops, else
+    ``size``) and an image model.
+    """
+    from torch import nn
+
+    if processor is None:
+        return None
+    if isinstance(processor, int):
+        return (processor, processor)
+    if isinstance(processor, (tuple, list)):
+        return (int(processor[-2]), int(processor[-1]))
+    if isinstance(processor, Mapping):
+        if "height" in processor and "width" in processor:
+            return (int(processor["height"]), int(processor["width"]))
+        return input_size(processor.get("input_size", processor.get("shortest_edge")))
+    if isinstance(processor, nn.Module):
+        return input_size(declared_shape(processor))
+    cropped = getattr(processor, "do_center_crop", False)
+    size: Any = getattr(processor, "crop_size" if cropped else "size", None)
+    # transformers' SizeDict is no mapping, but iterates over pairs as dict() wants them
+    return input_size(size if size is None or isinstance(size, (int, tuple, list)) else dict(size))
+
+
+def declared_shape(model: nn.Module) -> tuple[int, int, int] | None:
+    """(channels, height, width) of the images that ``model`` reads; None for a text model."""
+    from ..models.example import example_batch
+
+    batch = example_batch(model)
+    if "pixel_values" not in batch:
+        return None
+    channels, height, width = batch["pixel_values"].shape[1:]
+    return channels, height, width
+
+
+def digits_rows(split: str, data_dir: str | Path | None = None) -> list[Row]:
+    """scikit-learn's digits: 1,797 scans of 8 x 8 pixels, values 0 to 16, in the bundled order.
+
+    The split needs no random number: within each class, in the bundled order, every fifth image (the 5th, 10th, ...) is
+    ``test`` (355 images), the others are ``train`` (1,442). It keeps the class proportions; the data does not name the
+    writers, so the same hand may be in both parts, as in any random split of this set.
+
+    Args:
+        data_dir: unused, the data comes with scikit-learn.
+    """
+    import numpy as np
+    from sklearn.datasets import load_digits
+
+    if split not in SPLITS:
+        raise ValueError("digits: " + nearest("split", split, SPLITS))
+    bunch = load_digits()
+    seen = np.zeros(10, dtype=int)
+    rows: list[Row] = []
+    for index, (image, label) in enumerate(zip(bunch.images.astype(np.uint8), bunch.target)):
+        seen[label] += 1
+        if (seen[label] % 5 == 0) == (split == "test"):
+            rows.append({"image": image, "label": int(label), "where": f"scikit-learn digits, image {index}"})
+    return rows
+
+
+def cifar10_rows(split: str, data_dir: str | Path | None = None) -> list[Row]:
+    """CIFAR-10 as encoded images: ``[{"image": bytes, "label": int, "where": str}]``.
+
+    Raises:
+        ValueError: unknown split.
+        DataError: not found, not parquet, a column missing, an empty image or a wrong label.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    if split not in SPLITS:
+        raise ValueError("cifar10: " + nearest("split", split, SPLITS))
+    folder = files.resolve_data_dir(data_dir)
+    if folder is None:
+        place = f"{CIFAR10_HUB} {split}"
+        # `.data.table` would miss an indices mapping; select nothing and read the plain columns without decoding
+        table = files.load_from_hub("cifar10", CIFAR10_HUB, None, split).with_format("arrow")[:]  # type: ignore[attr-defined]
+        image, label = "img", "label"
+    else:
+        path = files.find_file(f"cifar10, split {split},", folder, (f"cifar10/{split}.parquet",))
+        place, image, label = str(path), "image", "label"
+        try:
+            table = pyarrow.parquet.read_table(path)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise files.DataError(f"{path}: not a readable parquet file ({error})") from error
+    absent = [name for name in (image, label) if name not in table.column_names]
+    if absent:
+        raise files.DataError(f"{place}: expected the columns {[image, label]}, found {table.column_names}")
+    images, labels = table.column(image).to_pylist(), table.column(label).to_pylist()
+    rows: list[Row] = []
+    for index, (stored, value) in enumerate(zip(images, labels)):
+        where = f"{place} row {index}"
+        encoded = stored["bytes"] if isinstance(stored, dict) else stored
+        if not encoded:
+            raise files.DataError(f"{where}: column {image!r} is empty")
+        rows.append({"image": encoded, "label": files.parse_label(value, 10, where), "where": where})
+    return rows
+
+
+def _accuracy(predictions: Sequence[int], labels: Sequence[int]) -> dict[str, float]:
+    return {"accuracy": metrics.accuracy(predictions, labels)}
+
+
+DIGITS = Task(
+    name="digits",
+    version=1,
+    source="Alpaydin and Kaynak 1998 (UCI Optical Recognition of Handwritten Digits), as bundled with scikit-learn",
+    kind="image-classification",
+    num_labels=10,
+    splits=SPLITS,
+    sizes=(1_442, 355),
+    metric="accuracy",
+    higher_is_better=True,
+    rows=digits_rows,
+    encode=partial(encode_images, pixels=DIGITS_PIXELS),
+    score=_accuracy,
+    augment=shift_one_pixel,
+)
+CIFAR10 = Task(
+    name="cifar10",
+    version=1,
+    source="Krizhevsky 2009 (Learning Multiple Layers of Features from Tiny Images)",
+    kind="image-classification",
+    num_labels=10,
+    splits=SPLITS,
+    sizes=(50_000, 10_000),
+    metric="accuracy",
+    higher_is_better=True,
+    rows=cifar10_rows,
+    encode=partial(encode_images, pixels=CIFAR10_PIXELS),
+    score=_accuracy,
+    augment=flip_and_crop,
+)

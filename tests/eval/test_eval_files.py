@@ -1,0 +1,92 @@
+"""Finding and reading official files: layouts, encodings, and an error with file and line for each kind of damage."""
+
+from __future__ import annotations
+
+import lzma
+from pathlib import Path
+
+import pytest
+from squeezoo.eval import files
+
+
+def _write(path: Path, content: bytes) -> Path:
+    path.write_bytes(lzma.compress(content) if path.suffix == ".xz" else content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.tsv.xz"])
+def test_reads_the_official_form(tmp_path: Path, name: str) -> None:
+    """A byte order mark, Windows line ends, quotation marks and a Unicode line separator inside a sentence: published
+    files have all of them, and each sentence is expected as typed."""
+    text = '\ufeffid\ttext\tlabel\r\n1\t"Hi", he said\u2028again\t0\r\n2\tsay "no\t1\r\n\r\n'
+    rows = list(files.read_tsv(_write(tmp_path / name, text.encode()), ("text", "label")))
+    assert [row.values for row in rows] == [
+        {"text": '"Hi", he said\u2028again', "label": "0"},
+        {"text": 'say "no', "label": "1"},
+    ]
+    assert rows[1].where == f"{tmp_path / name}:3"
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "expected"),
+    [
+        (b"sentence\tLabel\nx\t1\n", 1, "label"),
+        (b"sentence\tlabel\nx\t1\ny\n", 3, "found 1"),
+        (b"sentence\tlabel\nx\ty\t1\n", 2, "found 3"),
+        (b"sentence\tlabel\nx\t1\n\nz\t1\n", 3, "found 1"),
+        (b"sentence\tlabel\n \t1\n", 2, "'sentence' is empty"),
+        (b"sentence\tlabel\nx\t1\ncaf\xe9\t1\n", 3, "0xe9"),
+        (b"sentence\tlabel\n", 1, "found none"),
+        (b"", 1, "missing"),
+    ],
+)
+def test_damage_is_reported_with_its_line(tmp_path: Path, content: bytes, line: int, expected: str) -> None:
+    """The line numbers are counted by hand, header = 1."""
+    path = _write(tmp_path / "dev.tsv", content)
+    with pytest.raises(files.DataError) as caught:
+        list(files.read_tsv(path, ("sentence", "label")))
+    assert f"{path}:{line}:" in str(caught.value)
+    assert expected in str(caught.value)
+
+
+def test_truncated_xz_names_the_file(tmp_path: Path) -> None:
+    """A download cut in half."""
+    path = tmp_path / "dev.tsv.xz"
+    path.write_bytes(lzma.compress(b"sentence\tlabel\n" + bytes(range(256)) * 40)[:60])
+    with pytest.raises(files.DataError, match=r"dev\.tsv\.xz: not a complete"):
+        list(files.read_tsv(path, ("sentence", "label")))
+
+
+@pytest.mark.parametrize("value", ["2", "-1", "0.0", "", "one", "¹"])
+def test_wrong_label(value: str) -> None:
+    """Two classes are 0 and 1, written as plain digits."""
+    with pytest.raises(files.DataError, match=r"f\.tsv:7: expected a label 0 to 1"):
+        files.parse_label(value, 2, "f.tsv:7")
+
+
+def test_data_dir_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documented: the argument, then SQUEEZOO_DATA, then None; a folder that is not there is named with its origin."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.mkdir()
+    b.mkdir()
+    monkeypatch.delenv("SQUEEZOO_DATA", raising=False)
+    assert files.resolve_data_dir() is None
+    monkeypatch.setenv("SQUEEZOO_DATA", str(b))
+    assert files.resolve_data_dir() == b
+    assert files.resolve_data_dir(a) == a
+    with pytest.raises(files.MissingDataError, match="--data-dir"):
+        files.resolve_data_dir(tmp_path / "c")
+    monkeypatch.setenv("SQUEEZOO_DATA", str(tmp_path / "c"))
+    with pytest.raises(files.MissingDataError, match=r"from \$SQUEEZOO_DATA"):
+        files.resolve_data_dir()
+
+
+def test_plain_file_is_preferred_and_missing_lists_all_tried(tmp_path: Path) -> None:
+    """The candidates are tried in order, each plain and then ``.xz``."""
+    (tmp_path / "x").mkdir()
+    second = _write(tmp_path / "x" / "b.tsv.xz", b"1")
+    assert files.find_file("it", tmp_path, ("a.tsv", "x/b.tsv")) == second
+    plain = _write(tmp_path / "x" / "b.tsv", b"1")
+    assert files.find_file("it", tmp_path, ("a.tsv", "x/b.tsv")) == plain
+    with pytest.raises(files.MissingDataError, match=r"a\.tsv, a\.tsv\.xz, c\.tsv, c\.tsv\.xz"):
+        files.find_file("it", tmp_path, ("a.tsv", "c.tsv"))
