@@ -105,7 +105,7 @@ def compressed_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, Compr
 
 def latent_OI(module: nn.Module, parametrization: CompressedWeight) -> Tensor:
     """The trained weight below the mask and the quantizer, as [out_features, in_features]."""
-    original = module.parametrizations["weight"].original  # type: ignore[index]
+    original = module.parametrizations["weight"].original  # type: ignore[index, union-attr]
     assert isinstance(original, Tensor)
     return original.t() if parametrization.transposed else original
 
@@ -125,10 +125,10 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, LsqQuantizer]]:
             yield name, module
 
 
-def set_active_(model: nn.Module, active: bool) -> None:
-    """Switch all quantizers on or off. Off, they are the identity."""
+def deactivate_(model: nn.Module) -> None:
+    """Switch all quantizers off: they are the identity until they are calibrated again."""
     for _, quantizer in quantizers(model):
-        quantizer.active = active
+        quantizer.active = False
 
 
 @torch.no_grad()
@@ -139,9 +139,18 @@ def fold_(model: nn.Module) -> None:
     the checkpoint keeps their scales.
     """
     for _, module, _ in list(compressed_weights(model)):
+        _own_class_(module)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, QuantizeInput):
                 del module._forward_pre_hooks[key]
         if INPUT_QUANTIZER in module._modules:
             del module._modules[INPUT_QUANTIZER]
+
+
+def _own_class_(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own. A deep copy shares the class that torch made for the original, and
+    removing the parametrization from either would take ``weight`` away from both."""
+    shared = type(module)
+    members = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, members)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.dense import logits
-from .attach import INPUT_QUANTIZER, compressed_weights, latent_OI, set_active_
+from .attach import INPUT_QUANTIZER, compressed_weights, deactivate_, latent_OI
 from .quantizers import LsqQuantizer
 
 
@@ -29,7 +29,7 @@ def calibrate_(
     Raises:
         CalibrationError: no batch, or NaN in some input (names the GEMM and the batch). Quantizers stay off then.
     """
-    set_active_(model, False)
+    deactivate_(model)
     inputs = {
         name: module._modules[INPUT_QUANTIZER]
         for name, module, _ in compressed_weights(model)
@@ -49,7 +49,6 @@ def calibrate_(
         assert isinstance(quantizer, LsqQuantizer)
         quantizer.finish_calibration_()
         scales[name] = float(quantizer.scale)
-    set_active_(model, True)
     return scales
 
 

@@ -1,6 +1,6 @@
 """The checkpoint folder: save, load, verify.
 
-    squeezoo.json        format version, model, adapter, plan, resolved recipe, base model, versions, sha256 of each file
+    squeezoo.json        format version, model, adapter, plan, resolved recipe, base, versions, sha256 of each file
     weights.safetensors  packed tensors (``pack.py``)
     golden.safetensors   an input and the output it must give
     config.json, tokenizer or preprocessor files of the base model
@@ -27,6 +27,7 @@ from ..models import all_adapters
 from ..models.adapter import find_sites
 from ..models.dense import build, describe, logits
 from ..models.example import example_batch
+from ..models.folders import save_config
 from .atomic import recover_, replaced_folder, sha256
 from .pack import input_scales, pack, unpack
 from .plan import Plan
@@ -34,7 +35,7 @@ from .recipe import Recipe
 from .runtime import int8_supported, use_input_scales_, use_int8_
 
 FORMAT_VERSION = 1
-MANIFEST, WEIGHTS, GOLDEN, CONFIG = "squeezoo.json", "weights.safetensors", "golden.safetensors", "config.json"
+MANIFEST, WEIGHTS, GOLDEN = "squeezoo.json", "weights.safetensors", "golden.safetensors"
 Backend = Literal["auto", "int8", "reference", "dense"]
 Resolved = Literal["int8", "reference", "dense"]
 
@@ -97,7 +98,7 @@ def save_checkpoint(
     folder = Path(folder)
     tensors = pack(model, plan, recipe.storage)
     description = describe(model)
-    batch = example_batch(model, padded=True)
+    batch = example_batch(model)
     reference = _assemble(description, tensors, plan, "reference")
     with torch.inference_mode():
         output = logits(reference, batch)
@@ -105,7 +106,7 @@ def save_checkpoint(
     with replaced_folder(folder) as fresh:
         save_file(tensors, fresh / WEIGHTS)
         save_file({key: value.contiguous() for key, value in golden.items()}, fresh / GOLDEN)
-        (fresh / CONFIG).write_text(json.dumps(description["config"], indent=1) + "\n", encoding="utf-8")
+        save_config(model, fresh)
         if processor is not None:
             processor.save_pretrained(fresh)
         files = {
@@ -171,9 +172,9 @@ def load(folder: str | Path, *, device: str = "cpu", backend: Backend = "auto", 
     Args:
         folder: a checkpoint folder.
         device: where the model runs; the integer backend is for CPUs, elsewhere ``auto`` takes ``reference``.
-        backend: ``int8`` replaces quantized GEMMs by integer kernels; ``reference`` repeats the training-time arithmetic
-            in float32; ``dense`` has the same weights as plain float32 and rounds no inputs (the model to compare speed
-            with); ``auto`` takes ``int8`` where this machine has the kernels.
+        backend: ``int8`` replaces quantized GEMMs by integer kernels; ``reference`` repeats the training-time
+            arithmetic in float32; ``dense`` has the same weights as plain float32 and rounds no inputs, to compare speed
+            with; ``auto`` takes ``int8`` where this machine has the kernels.
         check: compare every file with its SHA-256 first.
 
     Raises:

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..models.dense import Dense, describe, save_dense
+from ..models.dense import Dense, describe, library_of, load_dense, save_dense
 from .attach import attach_, fold_, prune_, quantizers
 from .calibrate import calibrate_
 from .checkpoint import save_checkpoint
@@ -30,6 +30,7 @@ from .plan import Plan, make_plan
 from .recipe import Calibrate, Finetune, Prune, Recipe, RecipeError
 
 PROGRESS = "progress.json"
+PROVENANCE = "squeezoo_training.json"
 
 
 class RunError(RuntimeError):
@@ -46,7 +47,7 @@ class Compressed:
 
 
 def compress(
-    dense: Dense,
+    model: Dense | nn.Module | str,
     recipe: Recipe | str,
     data: TrainData | None,
     out: str | Path,
@@ -55,27 +56,31 @@ def compress(
     device: str = "cpu",
     restart: bool = False,
     save_seconds: float = 120.0,
+    hardware: str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Compressed:
     """Compress a dense model with a recipe and write a checkpoint folder.
 
     Args:
-        dense: the trained dense model with its processor; it is not changed, and is the teacher of ``teacher: dense``.
+        model: the trained dense model, or the source of one (see ``load_dense``). It is not changed, and is the teacher
+            of ``teacher: dense``.
         recipe: a recipe, or the name or path of one.
-        data: training samples; may be None for recipes that neither train nor calibrate.
+        data: training samples; None for recipes that neither train nor calibrate.
         out: the checkpoint folder to write.
         name: of the checkpoint; default the folder's name.
         restart: throw an unfinished run in ``<out>.work`` away instead of resuming it.
         save_seconds: at least this long between two checkpoints of a training stage.
+        hardware: what ``device`` is called, for the training record.
         say: receives one line per stage.
 
     Raises:
         AdapterError, PlanError, RecipeError: the recipe or model is refused; nothing was written.
         RunError: ``<out>.work`` holds an unfinished run of something else.
     """
+    dense = _as_dense(model)
     recipe = Recipe.load(recipe) if isinstance(recipe, str) else recipe
     plan = make_plan(dense.model, recipe)
-    student, work = _run_stages(dense, recipe, plan, data, out, device, restart, save_seconds, say)
+    student, work = _run_stages(dense, recipe, plan, data, out, device, restart, save_seconds, hardware, say)
     folder = save_checkpoint(
         student, plan, recipe, out,
         name=name or Path(out).name, base={"name": dense.name, "revision": dense.revision},
@@ -94,9 +99,12 @@ def train_dense(
     device: str = "cpu",
     restart: bool = False,
     save_seconds: float = 120.0,
+    hardware: str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Compressed:
     """Fine-tune the dense baseline with a recipe without rules and write an ordinary transformers / timm folder.
+
+    A file ``squeezoo_training.json`` in it says what it was trained from and how.
 
     The same stages, seeds, batches and resume as ``compress``, so that dense and compressed compare.
 
@@ -107,10 +115,30 @@ def train_dense(
     if recipe.rules:
         raise RecipeError(f"recipe {recipe.name} has rules; the dense baseline takes one without, such as `dense`")
     plan = make_plan(dense.model, recipe)
-    student, work = _run_stages(dense, recipe, plan, data, out, device, restart, save_seconds, say)
+    student, work = _run_stages(dense, recipe, plan, data, out, device, restart, save_seconds, hardware, say)
     save_dense(student.to("cpu"), dense.processor, Path(out))
+    provenance = {
+        "base": {"name": dense.name, "revision": dense.revision},
+        "recipe": recipe.model_dump(mode="json"),
+        "training": work.records,
+    }
+    (Path(out) / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
     work.remove()
     return Compressed(Path(out), plan, tuple(work.records))
+
+
+def read_provenance(folder: str | Path) -> dict[str, Any] | None:
+    """What ``train_dense`` says about its folder: ``base``, ``recipe``, ``training``; None for other folders."""
+    path = Path(folder) / PROVENANCE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _as_dense(model: Dense | nn.Module | str) -> Dense:
+    if isinstance(model, Dense):
+        return model
+    if isinstance(model, nn.Module):
+        return Dense(model.eval(), None, type(model).__name__, None, library_of(model))
+    return load_dense(model)
 
 
 def _run_stages(
@@ -122,6 +150,7 @@ def _run_stages(
     device: str,
     restart: bool,
     save_seconds: float,
+    hardware: str | None,
     say: Callable[[str], None],
 ) -> tuple[nn.Module, _Work]:
     """All stages on an attached copy of the dense model; finished ones are taken from the work folder."""
@@ -154,7 +183,7 @@ def _run_stages(
                 teacher=teacher, seed=recipe.seed + index, device=device, save_seconds=save_seconds, title=title,
             )  # fmt: skip
             record |= {"epochs": stage.epochs, "learning_rate": stage.learning_rate, "batch_size": stage.batch_size}
-            record |= {"samples": len(data.features), "device": device}
+            record |= {"samples": len(data.features), "device": device, "hardware": hardware}
         record.setdefault("seconds", round(time.monotonic() - started, 1))
         work.finish(student, index, record)
         say(f"{title}: {record['seconds']:.0f} s")
@@ -168,9 +197,7 @@ def _calibration_batches(data: TrainData, stage: Calibrate, recipe: Recipe) -> l
     return [data.collate([data.features[i] for i in order[k : k + size]]) for k in range(0, len(order), size)]
 
 
-def _teacher(
-    dense: Dense, plan: Plan, stage: Finetune, recipe: Recipe, index: int, work: _Work
-) -> nn.Module | None:
+def _teacher(dense: Dense, plan: Plan, stage: Finetune, recipe: Recipe, index: int, work: _Work) -> nn.Module | None:
     """The frozen teacher of a stage: the dense model, or the model as the last fine-tuning stage left it."""
     if stage.distill is None:
         return None

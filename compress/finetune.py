@@ -23,8 +23,9 @@ from ..models import adapter_for
 from ..models.adapter import find_sites
 from ..models.dense import logits
 from ..models.torchvision_guard import ensure_torchvision_importable
-from .attach import quantizers
+from .attach import INPUT_QUANTIZER, compressed_weights, latent_OI, quantizers
 from .distill import FeatureTap, hard_loss, mixed_loss
+from .quantizers import LsqQuantizer
 from .recipe import Finetune
 
 Batch = dict[str, Tensor]
@@ -50,7 +51,9 @@ class TrainData:
 
     def lengths(self) -> list[int]:
         """Tokens per sample, for batches of similar length; all 1 for images."""
-        return [len(f["input_ids"]) if "input_ids" in f else 1 for f in self.features]
+        if "input_ids" not in self.features[0]:  # images: not decoded for this
+            return [1] * len(self.features)
+        return [len(feature["input_ids"]) for feature in self.features]
 
 
 class EpochSampler(torch.utils.data.Sampler[int]):
@@ -175,6 +178,11 @@ def finetune_(
             scales = {f"{name}.scale" for name, _ in quantizers(model)}
             return [name for name in super().get_decay_parameter_names(model) if name not in scales]
 
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+            optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+            give_scales_their_rate_(optimizer, student)
+            return optimizer
+
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
             objective.step = self.state.global_step
             return super().training_step(*args, **kwargs)
@@ -220,6 +228,29 @@ def finetune_(
     }
 
 
+def give_scales_their_rate_(optimizer: torch.optim.Optimizer, student: nn.Module) -> None:
+    """Give each learned scale s the rate ``lr * s / rms(w)``, w being the weight of its GEMM.
+
+    Adam moves every parameter by about lr a step, whatever the size of its gradient. That is a fraction lr / rms(w) of
+    a weight, but 30 times that of a weight's scale, which is max|w| / 127: scales would jump by percents a step.
+    With this rate both move by the same fraction, which is what LSQ's gradient factor does for SGD (Esser et al.,
+    arXiv:1902.08153, section 2.2).
+    """
+    rate = optimizer.param_groups[0]["lr"]
+    groups = []
+    for _, module, parametrization in compressed_weights(student):
+        rms = float(latent_OI(module, parametrization).detach().square().mean().sqrt())
+        for quantizer in (parametrization.quantizer, module._modules.get(INPUT_QUANTIZER)):
+            if isinstance(quantizer, LsqQuantizer) and quantizer.active and rms > 0:
+                relative = float(quantizer.scale.detach().mean()) / rms
+                groups.append({"params": [quantizer.scale], "weight_decay": 0.0, "lr": rate * relative})
+    own = {id(parameter) for group in groups for parameter in group["params"]}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+    for group in groups:
+        optimizer.add_param_group(group)
+
+
 class _Rows(torch.utils.data.Dataset[Mapping[str, Any]]):
     """The features as the map-style dataset that the Trainer expects."""
 
@@ -234,7 +265,7 @@ class _Rows(torch.utils.data.Dataset[Mapping[str, Any]]):
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest ``checkpoint-<step>`` that was written to its end; unfinished ones (a kill while saving) are removed."""
+    """The newest ``checkpoint-<step>`` that was written to its end; unfinished ones (a kill while saving) go."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     for path in found:
         if _is_complete(path):

@@ -18,7 +18,7 @@ _NEAR_MISS = re.compile(r"\s*([0-9]{1,4})\s*[:xX/]\s*([0-9]{1,4})\s*")
 # Integers that hold one byte per member of a group: small groups are ranked by arithmetic on these.
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Scores handled at a time on a CPU: the temporaries of a chunk stay in its cache (measured).
-_CHUNK_ELEMENTS = 1 << 19
+_CHUNK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,15 @@ class Pattern:
     m: int
 
     def __post_init__(self) -> None:
-        if self.n >= self.m >= 1:
-            raise ValueError(_swap_message(f"{self.n}:{self.m}", self.n, self.m))
-        if not _allowed(self.n, self.m):
-            raise ValueError(
-                f'pattern "{self.n}:{self.m}": expected N:M with 1 <= N < M and M one of 2, 4, 8, 16, 32, 64, 128, 256 '
-                '(N kept of M consecutive weights); write for example "2:4"'
-            )
+        n, m = self.n, self.m
+        if _allowed(n, m):
+            return
+        a, b = (n, m) if _allowed(m, n) else (4, 2)
+        swap = f" NxMTransformer writes {a}:{b} (or {a}x{b}) for what is {b}:{a} here." if n >= m else ""
+        raise ValueError(
+            f'pattern "{n}:{m}": expected N:M, N kept of M consecutive weights, with 1 <= N < M and M one of 2, 4, 8, '
+            f'16, 32, 64, 128, 256.{swap} Write "{b}:{a}"'
+        )
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
@@ -67,15 +69,6 @@ class Pattern:
 
 def _allowed(n: int, m: int) -> bool:
     return 1 <= n < m and 2 <= m <= 256 and m & (m - 1) == 0
-
-
-def _swap_message(found: str, n: int, m: int) -> str:
-    if n == m:
-        return f'pattern "{found}" keeps every weight; expected N < M, for example "2:4", or no pattern at all'
-    return (
-        f'pattern "{found}": N must be smaller than M. Here N:M means N kept of M consecutive weights; '
-        f'NxMTransformer writes {n}:{m} (or {n}x{m}) for what is {m}:{n} here. Write "{m}:{n}"'
-    )
 
 
 def nm_mask(score_OI: Tensor, pattern: Pattern) -> Tensor:

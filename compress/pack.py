@@ -11,13 +11,12 @@ Everything else keeps its own name: matrices in the recipe's format, vectors in 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .attach import compressed_weights, fold_, latent_OI, quantizers
+from .attach import INPUT_QUANTIZER, compressed_weights, latent_OI, quantizers
 from .packing import compress_nm, expand_nm, index_bits, pack_bits, unpack_bits
 from .plan import Plan, PlannedGemm
 from .quantizers import quantize_int8
@@ -73,14 +72,11 @@ def pack(model: nn.Module, plan: Plan, storage: Storage) -> Tensors:
         tensors.update(_pack_values(gemm, w_OI))
         if gemm.input_owner is not None:
             tensors[f"{gemm.name}.input_scale"] = inputs[gemm.input_owner].scale.detach().cpu().clone()
-    folded = deepcopy(model)
-    fold_(folded)
-    planned = {f"{gemm.name}.weight" for gemm in plan.gemms}
-    for name, tensor in folded.state_dict().items():
-        if name not in planned:
-            tensor = tensor.detach().cpu()
-            matrix = tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel() > 4096
-            tensors[name] = tensor.to(_float(storage.other, tensor)).contiguous() if matrix else tensor.contiguous()
+    for name, tensor in model.state_dict().items():
+        if ".parametrizations." not in name and f".{INPUT_QUANTIZER}." not in name:
+            tensor = tensor.detach().cpu().contiguous()
+            matrix = tensor.is_floating_point() and tensor.ndim >= 2
+            tensors[name] = tensor.to(_float(storage.other, tensor)) if matrix else tensor
     return _without_aliases(tensors)
 
 

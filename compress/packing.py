@@ -38,10 +38,11 @@ def compress_nm(w_OI: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     if padding:
         w_OI = torch.nn.functional.pad(w_OI, (0, padding))
     # Non-zeros score 1 and zeros 0; ties go to the lower index, which is exactly the rule for filling up a group.
-    kept_OI = nm_mask(w_OI != 0, pattern)
-    values_OC = w_OI[kept_OI].view(w_OI.shape[0], -1)
-    position_I = torch.arange(w_OI.shape[1], device=w_OI.device).remainder_(pattern.m).to(torch.uint8)
-    indices_OC = position_I.expand(w_OI.shape)[kept_OI].view(w_OI.shape[0], -1)
+    # Rows are a multiple of M long, so a flat position modulo M is the index inside its group.
+    flat_C = nm_mask(w_OI != 0, pattern).flatten().nonzero().squeeze(1)
+    shape = (w_OI.shape[0], w_OI.shape[1] // pattern.m * pattern.n)
+    values_OC = w_OI.flatten().take(flat_C).view(shape)
+    indices_OC = flat_C.bitwise_and_(pattern.m - 1).to(torch.uint8).view(shape)
     return values_OC, indices_OC
 
 

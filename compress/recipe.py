@@ -51,9 +51,10 @@ class Rule(_Record):
             raise ValueError(f"unknown role {unknown[0]!r}; allowed: block, {', '.join(ROLES)}")
         return tuple(dict.fromkeys(r for role in roles for r in (BLOCK_ROLES if role == "block" else (role,))))
 
-    @field_validator("sparsity")
+    @field_validator("sparsity", mode="before")
     @classmethod
-    def _valid_pattern(cls, text: str | None) -> str | None:
+    def _valid_pattern(cls, text: Any) -> str | None:
+        # Before pydantic's own check: YAML reads an unquoted 2:4 as the number 124, and the parser says so.
         return None if text is None else str(Pattern.parse(text))
 
     @model_validator(mode="after")
@@ -141,7 +142,7 @@ class Recipe(_Record):
             if twice := seen.intersection(rule.roles):
                 raise ValueError(f"role {sorted(twice)[0]!r} is claimed by two rules; keep it in one")
             seen.update(rule.roles)
-        kinds = [stage.stage for stage in self.stages]
+        kinds: list[str] = [stage.stage for stage in self.stages]
         sparse = any(rule.sparsity for rule in self.rules)
         quantized = any(rule.weight for rule in self.rules)
         for needed, what, kind in ((sparse, "sparsity", "prune"), (quantized, "a quantizer", "calibrate")):

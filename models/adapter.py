@@ -106,7 +106,7 @@ class Gemm:
     in_features: int
 
     @property
-    def weight_OI(self) -> Tensor:  # noqa: N802
+    def weight_OI(self) -> Tensor:
         """The weight as [out_features, in_features]: a view of it, or of what its parametrization yields now."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .describe import DenseError, build, describe, library_of, timm_model_args
-from .errors import nearest
+from .describe import build, describe, library_of, timm_model_args
+from .errors import LIBRARY_ERRORS, DenseError, brief, nearest
 from .example import example_batch
-from .folders import read_folder, save_config, save_dense, seeded
+from .folders import load_processor, read_folder, save_config, save_dense, seeded
 from .torchvision_guard import ensure_torchvision_importable
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "example_batch",
     "library_of",
     "load_dense",
+    "load_processor",
     "logits",
     "save_config",
     "save_dense",
@@ -165,8 +166,11 @@ def _random_timm(
     wanted = 0 if kind == "base" else num_labels
     if wanted is not None and args.setdefault("num_classes", wanted) != wanted:
         raise DenseError(f"model_args say num_classes={args['num_classes']}, the call asks for {wanted}: say it once")
-    with seeded(seed):
-        model: Any = timm.create_model(architecture, pretrained=False, **args)
+    try:
+        with seeded(seed):
+            model: Any = timm.create_model(architecture, pretrained=False, **args)
+    except LIBRARY_ERRORS as error:
+        raise DenseError(f"timm cannot make {architecture} with model_args {args}: {brief(error)}") from error
     model.squeezoo_model_args = args
     # Random weights come from no training set, so the model must not carry the name and licence of one.
     model.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in _ORIGIN}
@@ -203,10 +207,9 @@ def _hub_folder(source: str) -> tuple[Path, str]:
     try:
         path = snapshot_download(identifier, revision=revision or None, allow_patterns=patterns, ignore_patterns="*/*")
     except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OSError) as error:
-        reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
         raise DenseError(
-            f"no model {source!r}: looked for a folder {Path(source).absolute()}, for one of the short names "
-            f"{', '.join(ALIASES)}, in the Hub's local cache and on the Hub ({reason}). Write the path of an existing "
-            f"folder, package:NAME, timm/<architecture>, or a Hub id org/name when online."
+            f"no model {source!r}: looked for a folder {Path(source).expanduser().absolute()}, for one of the short "
+            f"names {', '.join(ALIASES)}, in the Hub's local cache and on the Hub ({brief(error)}). Write the path of "
+            f"an existing folder, package:NAME, timm/<architecture>, or a Hub id org/name when online."
         ) from error
     return Path(path), Path(path).name

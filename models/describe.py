@@ -9,11 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import DenseError
 from .torchvision_guard import ensure_torchvision_importable
-
-
-class DenseError(ValueError):
-    """A dense model cannot be found, loaded, described or saved; nothing was changed or written."""
 
 
 def library_of(model: nn.Module) -> str:
@@ -36,7 +33,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """``{"library", "class", "config"}``, plain JSON without weights and without paths, from which `build` rebuilds.
 
     For timm, ``config`` holds ``architecture``, ``num_classes``, ``model_args`` and ``pretrained_cfg``; the arguments
-    are those `timm_model_args` finds, and the shapes that they give are compared with the model's.
+    are those that `timm_model_args` finds, and what they give is compared with the model.
 
     Raises:
         DenseError: unknown library, arguments that JSON cannot hold, or arguments that do not give this model.
@@ -59,8 +56,8 @@ def build(description: Mapping[str, Any]) -> nn.Module:
     """The model of a `describe` result, in evaluation mode, float32, on the CPU, parameters uninitialised.
 
     Buffers that no state dict holds (BERT's position ids) have their real values, tied parameters are tied. No random
-    initialisation runs and no parameter's memory is touched (BERT-base: some 0.1 s); load a complete state dict before
-    use, or replace the modules whose parameters it lacks.
+    initialisation runs and no parameter's memory is touched (BERT-base: less than 0.1 s); load a complete state dict
+    before use, or replace the modules whose parameters it lacks.
 
     Raises:
         DenseError: the description is not one, or names a class or architecture that is not installed.
@@ -155,12 +152,19 @@ def _materialize_(model: nn.Module) -> None:
 
 
 def _check_shapes(model: nn.Module, description: Mapping[str, Any]) -> None:
-    """The description must give a model of the same shapes; names changed by a parametrization are left out."""
-    described = {name: p.shape for name, p in _with_empty_parameters(_maker(description)[0]).named_parameters()}
+    """The description must give the model's shapes and lengths. What was attached to the model may differ."""
+    described = _with_empty_parameters(_maker(description)[0])
+    shapes = {name: tuple(parameter.shape) for name, parameter in described.named_parameters()}
+    lengths = {name: len(module) for name, module in described.named_modules() if isinstance(module, nn.Sequential)}
     differing = [
-        f"{name} is {tuple(p.shape)}, described {tuple(described[name])}"
-        for name, p in model.named_parameters()
-        if name in described and p.shape != described[name]
+        f"{name} is {tuple(parameter.shape)}, described {shapes[name]}"
+        for name, parameter in model.named_parameters()
+        if shapes.get(name, parameter.shape) != parameter.shape
+    ]
+    differing += [
+        f"{name} has {len(module)} modules, described {lengths[name]}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Sequential) and lengths.get(name, len(module)) != len(module)
     ]
     if differing:
         raise DenseError(

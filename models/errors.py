@@ -1,4 +1,4 @@
-"""The error of this room, and what its messages are made of."""
+"""The errors of this room, and what their messages are made of."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ from importlib.metadata import PackageNotFoundError, version
 
 class AdapterError(ValueError):
     """An adapter does not describe the model it was given, or no adapter does. Nothing was changed."""
+
+
+class DenseError(ValueError):
+    """A dense model cannot be found, loaded, described or saved. Nothing was changed or written."""
+
+
+# What transformers, timm and torch raise for configurations and weights that they cannot use.
+LIBRARY_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError)
+
+
+def brief(error: Exception) -> str:
+    """An exception of another library in one line: its class and the first two lines of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2]) or 'no message'}"
 
 
 def nearest(pattern: str, names: Iterable[str], count: int = 3) -> str:

@@ -7,13 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .describe import DenseError, library_of, timm_model_args
+from .describe import library_of, timm_model_args
+from .errors import DenseError
 
 _TOKENS = 16
 
 
-def example_batch(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """A random batch of two sequences of 16 tokens, the second one half padding, or of one or two images.
+def example_batch(model: nn.Module, *, padded: bool = True, seed: int = 0) -> dict[str, Tensor]:
+    """A random batch of two sequences of 16 tokens, or of one or two images.
+
+    Args:
+        padded: the second half of the second sequence is padding.
 
     Returns:
         text: input_ids and attention_mask [2, 16]; images: pixel_values [B, C, H, W], one image
@@ -34,7 +38,8 @@ def example_batch(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
         length = min(_TOKENS, getattr(config, "max_position_embeddings", _TOKENS))
         input_ids = torch.randint(config.vocab_size, (2, length), generator=generator)
         attention_mask = torch.ones_like(input_ids)
-        attention_mask[1, length // 2 :] = 0
+        if padded:
+            attention_mask[1, length // 2 :] = 0
         return {"input_ids": input_ids, "attention_mask": attention_mask}
     raise DenseError(
         f"expected a model of input_ids or pixel_values, {type(model).__name__} takes {model.main_input_name}"

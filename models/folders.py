@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from .describe import DenseError, library_of, timm_model_args
+from .describe import describe, library_of, timm_model_args
+from .errors import LIBRARY_ERRORS, DenseError, brief, nearest
 from .quiet import quiet
 from .torchvision_guard import ensure_torchvision_importable
 
@@ -42,18 +44,49 @@ def read_folder(folder: Path, kind: str, num_labels: int | None, seed: int) -> t
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DenseError(f"{config_file} is not valid JSON: {error}") from None
-    if not any(folder.glob("*.safetensors")):
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    if not any((folder / name).is_file() for name in weights):
         raise DenseError(
-            f"{folder} has no *.safetensors weights, found {_listing(folder)}. Pickled weights (*.bin, *.pth) are "
+            f"{folder} has no {' or '.join(weights)}, found {_listing(folder)}. Pickled weights (*.bin, *.pth) are "
             f"never loaded, because unpickling runs code: convert them once, with model.save_pretrained(folder) where "
             f"you trust them."
         )
-    with seeded(seed):
-        if isinstance(config, dict) and "architecture" in config:
-            return _read_timm(folder, config, kind, num_labels), None, "timm"
-        if isinstance(config, dict) and "model_type" in config:
+    if not isinstance(config, dict) or not {"architecture", "model_type"} & config.keys():
+        raise DenseError(f"{config_file} has neither `model_type` (transformers) nor `architecture` (timm)")
+    try:
+        with seeded(seed), quiet():
+            if "architecture" in config:
+                return _read_timm(folder, config, kind, num_labels), None, "timm"
             return (*_read_transformers(folder, kind, num_labels), "transformers")
-    raise DenseError(f"{config_file} has neither `model_type` (transformers) nor `architecture` (timm)")
+    except DenseError:
+        raise
+    except (*LIBRARY_ERRORS, SafetensorError, OSError, KeyError) as error:
+        raise DenseError(f"{folder} does not load: {brief(error)}") from error
+
+
+def load_processor(folder: str | os.PathLike[str]) -> Any:
+    """The tokenizer or image processor of a dense or compressed model folder; None where it has none (timm).
+
+    Raises:
+        DenseError: no such folder, or files in it that transformers cannot read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DenseError(f"no folder {folder}: expected one with a tokenizer or an image processor")
+    ensure_torchvision_importable()
+    import transformers as hf
+
+    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        kind: Any = hf.AutoTokenizer
+    elif (folder / "preprocessor_config.json").is_file():
+        kind = hf.AutoImageProcessor
+    else:
+        return None
+    try:
+        with quiet():
+            return kind.from_pretrained(folder, trust_remote_code=False)
+    except (*LIBRARY_ERRORS, OSError, KeyError) as error:
+        raise DenseError(f"the processor files in {folder} do not load: {brief(error)}") from error
 
 
 def save_dense(model: nn.Module, processor: Any, directory: str | os.PathLike[str]) -> None:
@@ -64,12 +97,14 @@ def save_dense(model: nn.Module, processor: Any, directory: str | os.PathLike[st
     earlier model folder at the same place is replaced.
 
     Raises:
-        DenseError: unknown library, parametrizations still attached, or ``directory`` holds something else.
+        DenseError: unknown library, parametrizations still attached, a timm model whose arguments are not known (see
+            `describe`), or ``directory`` holds something else.
     """
     library = library_of(model)
     attached = next((name for name, _ in model.named_parameters() if ".parametrizations." in name), None)
     if attached is not None:
         raise DenseError(f"the model is still attached ({attached}): fold it before it is saved as a dense model")
+    describe(model)  # a model that could not be rebuilt is refused here, before anything is written
     target = Path(directory).absolute()
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / "config.json").is_file())):
         raise DenseError(f"{target} exists and is no model folder: give a new or an empty directory")
@@ -79,9 +114,15 @@ def save_dense(model: nn.Module, processor: Any, directory: str | os.PathLike[st
         fresh.mkdir()
         with quiet():
             _write(model, processor, fresh, library)
+        old = Path(scratch) / "old"  # removed with the scratch folder
         if target.exists():
-            os.replace(target, Path(scratch) / "old")  # removed with the scratch folder
-        os.replace(fresh, target)
+            os.replace(target, old)
+        try:
+            os.replace(fresh, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
 
 
 def save_config(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -101,7 +142,8 @@ def save_config(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         else:
             from timm.models._hub import save_config_for_hf
 
-            save_config_for_hf(model, str(folder / "config.json"), model_args=timm_model_args(model))
+            path: Any = folder / "config.json"  # declared as str, opened as a Path by timm before 1.0.31
+            save_config_for_hf(model, path, model_args=timm_model_args(model))
 
 
 @contextmanager
@@ -126,16 +168,18 @@ def _write(model: nn.Module, processor: Any, folder: Path, library: str) -> None
 def _read_timm(folder: Path, config: dict[str, Any], kind: str, num_labels: int | None) -> nn.Module:
     import timm
 
+    architecture = str(config["architecture"])
+    if not timm.is_model(architecture):
+        raise DenseError(
+            f"{folder / 'config.json'}: timm {timm.__version__} has no architecture {architecture!r}. Nearest: "
+            f"{nearest(architecture, timm.list_models())}"
+        )
     args = dict(config.get("model_args") or {})
     if kind == "base":
         args["num_classes"] = 0
     elif num_labels is not None:
         args["num_classes"] = num_labels
-    try:
-        with quiet():
-            model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, **args)
-    except RuntimeError as error:
-        raise DenseError(f"the weights in {folder} do not fit its config.json: {error}") from error
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, **args)
     model.squeezoo_model_args = args
     return model.eval()
 
@@ -143,46 +187,53 @@ def _read_timm(folder: Path, config: dict[str, Any], kind: str, num_labels: int 
 def _read_transformers(folder: Path, kind: str, num_labels: int | None) -> tuple[nn.Module, Any]:
     import transformers as hf
 
-    with quiet():
-        config = hf.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if kind == "base":
-            auto: Any = hf.AutoModel
-        elif type(config) in hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-            auto = hf.AutoModelForSequenceClassification
-        elif type(config) in hf.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-            auto = hf.AutoModelForImageClassification
-        else:
-            raise DenseError(f"transformers has no classification model for {config.model_type!r}: load kind='base'")
-        new_head = num_labels is not None and num_labels != config.num_labels
-        if new_head:
-            config.num_labels = num_labels
-        # Nothing is newly initialised in silence: transformers' own report is turned off, so the keys are checked here.
-        try:
-            model, info = auto.from_pretrained(
-                folder,
-                config=config,
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=new_head,
-                output_loading_info=True,
-            )
-        except RuntimeError as error:
-            raise DenseError(f"the weights in {folder} do not fit its config.json: {error}") from error
-        processor: Any = None
-        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            processor = hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        elif (folder / "preprocessor_config.json").is_file():
-            processor = hf.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-    absent = [*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])]
-    backbone = model.base_model_prefix + "." if model.base_model is not model else ""
-    lost = sorted(key for key in absent if key.startswith(backbone) and "pooler" not in key)
-    if lost:
+    config = hf.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if kind == "base":
+        auto: Any = hf.AutoModel
+    elif type(config) in hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        auto = hf.AutoModelForSequenceClassification
+    elif type(config) in hf.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        auto = hf.AutoModelForImageClassification
+    else:
+        raise DenseError(f"transformers has no classification model for {config.model_type!r}: load kind='base'")
+    new_head = num_labels is not None and num_labels != config.num_labels
+    if new_head:
+        config.num_labels = num_labels
+    model, info = auto.from_pretrained(
+        folder,
+        config=config,
+        use_safetensors=True,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # and then refused below, by name: the library's own message is in its report
+        output_loading_info=True,
+    )
+    _check_fit(folder, model, info, new_head)
+    return model.eval(), load_processor(folder)
+
+
+def _check_fit(folder: Path, model: Any, info: Mapping[str, Any], new_head: bool) -> None:
+    """Only head and pooler may be new, and no part of the backbone left over; transformers would merely report it."""
+    backbone = {name for name, _ in (*model.base_model.named_children(), *model.base_model.named_parameters())}
+    backbone.discard("pooler")
+    buffers = {name for name, _ in model.base_model.named_buffers()}  # older versions stored position ids
+
+    def in_backbone(key: str) -> bool:
+        key = key.removeprefix(f"{model.base_model_prefix}.")
+        return (key.partition(".")[0] in backbone or key in backbone) and key not in buffers
+
+    problems = [f"{key} is missing" for key in sorted(info["missing_keys"]) if in_backbone(key)]
+    problems += [f"{key} has no place" for key in sorted(info["unexpected_keys"]) if in_backbone(key)]
+    problems += [
+        f"{key} is {tuple(stored)}, expected {tuple(wanted)}"
+        for key, stored, wanted in sorted(info["mismatched_keys"])
+        if in_backbone(key) or not new_head
+    ]
+    if problems:
         raise DenseError(
-            f"the weights in {folder} do not fit its config.json: {len(lost)} tensors of {type(model).__name__} are "
-            f"missing or of another shape, e.g. {lost[0]}"
+            f"the weights in {folder} do not fit its config.json as {type(model).__name__}: {problems[0]} "
+            f"({len(problems)} tensors do not fit)"
         )
-    return model.eval(), processor
 
 
 def _listing(folder: Path) -> str:

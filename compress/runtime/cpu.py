@@ -58,7 +58,7 @@ def int8_supported() -> tuple[bool, str]:
         return False, f"PyTorch {torch.__version__} has no operators onednn.qlinear_pointwise and _int_mm; 2.11 has"
     try:
         exact = _is_exact()
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         return False, f"PyTorch {torch.__version__}: the int8 operators fail: {str(error).splitlines()[0]}"
     if not exact:
         return False, f"PyTorch {torch.__version__}: the int8 operators do not add up exactly on this CPU"

@@ -214,8 +214,8 @@ class _InferenceOnly(nn.Module):
     def train(self, mode: bool = True) -> _InferenceOnly:
         if mode:
             raise RuntimeError(
-                "an int8 model is for inference only and stays in evaluation mode (call eval() to restore it everywhere);"
-                " train the model that it was made from"
+                "an int8 model is for inference only and stays in evaluation mode (eval() restores it everywhere); "
+                "train the model that it was made from"
             )
         return super().train(False)
 

@@ -38,10 +38,10 @@ class QuantizedGemm:
     """
 
     name: str
-    weight_q_OI: Tensor = field(repr=False)  # noqa: N815
-    scale_O: Tensor = field(repr=False)  # noqa: N815
+    weight_q_OI: Tensor = field(repr=False)
+    scale_O: Tensor = field(repr=False)
     input_scale: float
-    bias_O: Tensor | None = field(default=None, repr=False)  # noqa: N815
+    bias_O: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         w_OI = self.weight_q_OI

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
 from squeezoo.compress import masks
 from squeezoo.compress.masks import Pattern, check_nm, magnitude_mask, nm_mask, project
+from torch import Tensor
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "nm_masks.json").read_text())
 GROUP_SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -216,15 +216,14 @@ def test_only_n_below_a_power_of_two_is_accepted(n: int, m: int) -> None:
             Pattern.parse(f"{n}:{m}")
 
 
-@given(st.text(max_size=8))
+@given(st.text(max_size=8) | st.text(alphabet="1234:x \u0662", max_size=4))
 def test_other_text_is_refused_with_what_was_found(text: str) -> None:
     """Expected: only digits, a colon and digits pass; anything else is a ValueError, never another error."""
-    try:
-        pattern = Pattern.parse(text)
-    except ValueError as error:
-        assert "expected" in str(error) or "NxMTransformer" in str(error)
-    else:
-        assert str(pattern) == text
+    if re.fullmatch(r"(1|2|3):4|1:2", text):
+        assert str(Pattern.parse(text)) == text
+    elif not re.fullmatch(r"[0-9]+:[0-9]+", text):
+        with pytest.raises(ValueError, match='expected a sparsity pattern "N:M"'):
+            Pattern.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +234,7 @@ def test_other_text_is_refused_with_what_was_found(text: str) -> None:
         ("02:4", 'write "2:4"'),
         ("7 / 5", "for example"),
         ("", "2:4"),
-        ("4:4", "no pattern"),
+        ("4:4", "1 <= N < M"),
     ],
 )
 def test_near_misses_say_what_to_write(text: str, hint: str) -> None:
@@ -246,5 +245,5 @@ def test_near_misses_say_what_to_write(text: str, hint: str) -> None:
 
 def test_a_pattern_that_is_not_text_is_refused() -> None:
     """Expected: by hand; YAML reads 2:4 without quotes as the number 124."""
-    with pytest.raises(ValueError, match='expected a sparsity pattern "N:M".*found 124; .*with the quotes'):
+    with pytest.raises(ValueError, match=r'expected a sparsity pattern "N:M".*found 124; .*with the quotes'):
         Pattern.parse(124)  # type: ignore[arg-type]

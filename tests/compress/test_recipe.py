@@ -67,7 +67,11 @@ def test_asp_has_the_budget_of_both_gpusq_stages():
     ("edits", "message"),
     [
         ({"rules__0__sparsity": "4:2"}, r"rules\.0\.sparsity: .*2:4"),
-        ({"rules__0__sparcity": "2:4"}, r"rules\.0\.sparcity: unknown key\. Did you mean 'sparsity'\? Allowed here: roles,"),
+        (
+            {"rules__0__sparcity": "2:4"},
+            r"rules\.0\.sparcity: unknown key\. Did you mean 'sparsity'\? Allowed here: roles,",
+        ),
+        ({"rules__0__sparsity": 124}, r"rules\.0\.sparsity: .*quote"),
         ({"rules__0__weight__bits": 9}, r"rules\.0\.weight\.bits: .*less than or equal to 8, found 9"),
         ({"rules__0__roles": ["queries"]}, r"unknown role 'queries'; allowed: block, q, k, v"),
         ({"rules__0__weight": None}, r"input is quantized but weight is not"),

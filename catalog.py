@@ -1,0 +1,125 @@
+"""What there is to choose from, and what this machine can do, as JSON data and as terminal tables."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+Data = Any
+
+
+def zoo(pattern: str) -> tuple[Data, Table]:
+    """The published models whose names match a shell pattern."""
+    from .zoo_cards.hub import info, list_models
+
+    records = [info(name) for name in list_models(pattern)]
+    table = Table("name", "task", "metric", "dense", "compressed", "of FP16", "speed-up", "weights")
+    for r in records:
+        scores = ["-" if r[key] is None else f"{r[key]:.4f}" for key in ("dense", "compressed")]
+        speed = "-" if r["speed_up"] is None else f"{r['speed_up']:.2f}x"
+        weights = "included" if r["location"] else "card only"
+        table.add_row(
+            r["name"], r["task"] or "-", r["metric"] or "-", *scores, f"{r['paper_ratio']:.4f}", speed, weights
+        )
+    return records, table
+
+
+def zoo_entry(name: str) -> tuple[Data, Table]:
+    """Everything the index knows about one published model."""
+    import json
+
+    from .zoo_cards.hub import info
+
+    record = info(name)
+    table = Table("field", "value")
+    for key, value in record.items():
+        table.add_row(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return record, table
+
+
+def adapters() -> tuple[Data, Table]:
+    """The known architectures."""
+    from .models import all_adapters
+
+    found = all_adapters()
+    table = Table("adapter", "model types", "checked against", "GEMMs a block")
+    for a in found.values():
+        table.add_row(a.name, ", ".join(a.model_types), a.library, str(a.per_block))
+    return [asdict(a) for a in found.values()], table
+
+
+def adapter(name: str) -> tuple[Data, Table]:
+    """One adapter's record. Raises ValueError naming the known ones."""
+    from .models import all_adapters
+
+    found = all_adapters()
+    if name not in found:
+        raise ValueError(f"no adapter is named {name!r}; known: {', '.join(found)}")
+    record = asdict(found[name])
+    table = Table("field", "value", title=name)
+    for key, value in record.items():
+        if key != "gemms":
+            table.add_row(key, str(value))
+    for site in found[name].gemms:
+        table.add_row(f"gemm {site.role}", f"{site.pattern}  ({site.layout}, parts {site.parts})")
+    return record, table
+
+
+def recipes() -> tuple[Data, Table]:
+    """The built-in recipes."""
+    from .compress.recipe import Recipe, recipe_names
+
+    found = [Recipe.load(name) for name in recipe_names()]
+    table = Table("recipe", "what it does", "trains", show_lines=True)
+    for r in found:
+        table.add_row(r.name, r.description, "yes" if r.needs_training else "no")
+    return [r.model_dump(mode="json") for r in found], table
+
+
+def recipe(name: str) -> tuple[Data, str]:
+    """One recipe, fully resolved, as YAML."""
+    import yaml
+
+    from .compress.recipe import Recipe
+
+    data = Recipe.load(name).model_dump(mode="json")
+    return data, yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110).rstrip()
+
+
+def tasks() -> tuple[Data, Table]:
+    """The evaluation tasks."""
+    from .eval import TASKS
+
+    table = Table("task", "version", "kind", "splits", "metric", "source")
+    rows = []
+    for t in TASKS.values():
+        splits = ", ".join(t.splits)
+        table.add_row(t.name, str(t.version), t.kind, splits, t.metric, t.source)
+        rows.append(
+            {"name": t.name, "version": t.version, "kind": t.kind, "splits": t.splits, "metric": t.metric,
+             "labels": t.num_labels, "source": t.source}
+        )  # fmt: skip
+    return rows, table
+
+
+def doctor() -> tuple[Data, Table]:
+    """Versions, processor and GPU features, and what the runtime can use here."""
+    from .compress.runtime import int8_supported
+    from .eval.environment import environment
+
+    data = environment()
+    supported, reason = int8_supported()
+    data["runtime"] = {"int8": {"supported": supported, "note": reason}, "reference": {"supported": True, "note": ""}}
+    table = Table("what", "found")
+    cpu = data["cpu"]
+    table.add_row("processor", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads")
+    table.add_row("features", ", ".join(cpu["features"]) or "none that matter")
+    gpus = [f"{gpu['name']} (compute capability {gpu['capability']})" for gpu in data["gpus"]]
+    table.add_row("GPU", ", ".join(gpus) or "none that PyTorch can use")
+    for name, version in data["libraries"].items():
+        table.add_row(name, version)
+    table.add_row("backend int8", f"{'yes' if supported else 'no'}{': ' if reason else ''}{reason}")
+    table.add_row("backend reference", "yes (float32, slow; repeats the training-time arithmetic)")
+    return data, table

@@ -1,0 +1,204 @@
+"""The rooms joined: a task's data for training, and the measured card of a checkpoint.
+
+The engine knows no tasks and the evaluation knows no recipes; whoever needs both (the command line, the quickstart,
+scripts of your own) finds them joined here.
+"""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import __version__
+from .compress.checkpoint import MANIFEST, Backend, Manifest, load, load_manifest
+from .compress.engine import read_provenance
+from .compress.finetune import TrainData
+from .eval import get_task
+from .eval.data import collator
+from .eval.environment import device_name
+from .eval.image import declared_shape
+from .eval.run import evaluate, sample_rows
+from .eval.speed import Speed, benchmark, make_batch
+from .models.dense import load_dense
+from .models.folders import load_processor
+from .zoo_cards.bases import describe_base
+from .zoo_cards.card import COMPRESSED, DENSE, Card
+from .zoo_cards.datasets import describe_task
+from .zoo_cards.hub import resolve
+from .zoo_cards.parts import Base, PlanSummary, RecipeNote, ScoreRow, Training
+from .zoo_cards.render import write_card
+from .zoo_cards.sizes import measure_size
+
+Point = tuple[int, int | None]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, dense or compressed, with its tokenizer or image processor (None for timm)."""
+
+    model: nn.Module
+    processor: Any
+
+
+def load_any(source: str, backend: Backend = "auto") -> Loaded:
+    """A checkpoint folder, a zoo name, or whatever ``load_dense`` takes.
+
+    Raises:
+        CheckpointError, ZooError, DenseError: it is none of them, or damaged.
+    """
+    from .zoo_cards.hub import list_models
+
+    if source in list_models() or (Path(source) / MANIFEST).is_file():
+        folder = resolve(source)
+        return Loaded(load(folder, backend=backend), load_processor(folder))
+    dense = load_dense(source)
+    return Loaded(dense.model, dense.processor)
+
+
+def training_data(
+    task_name: str,
+    processor: Any,
+    *,
+    data_dir: str | Path | None = None,
+    max_length: int = 128,
+    limit: int | None = None,
+    model: nn.Module | None = None,
+) -> TrainData:
+    """The training split of a task as the engine takes it.
+
+    Args:
+        processor: tokenizer or image processor of the model. model: says the image size where there is no processor.
+        limit: so many rows instead of all, always the same ones.
+
+    Raises:
+        ValueError: unknown task. DataError: its files are missing or broken.
+    """
+    task = get_task(task_name)
+    rows = sample_rows(task.rows(task.splits[0], data_dir), limit)
+    image = task.kind == "image-classification"
+    features = task.encode(rows, model if processor is None and image else processor, max_length)
+    return TrainData(features, collator(processor), task.augment)
+
+
+def measure_card(
+    folder: str | Path,
+    dense_folder: str | Path,
+    task_name: str,
+    *,
+    commands: Sequence[str],
+    batches: Sequence[int] = (1, 8),
+    lengths: Sequence[int] = (128,),
+    variants: Mapping[str, str | Path] | None = None,
+    data_dir: str | Path | None = None,
+    max_length: int = 128,
+    repeats: int = 30,
+    included: bool = False,
+    limits: Sequence[str] = (),
+    progress: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> Card:
+    """Evaluate and time a checkpoint beside its dense model, then write ``results.json`` and ``README.md`` into it.
+
+    Args:
+        folder: the checkpoint. dense_folder: the fine-tuned dense model that it was made from.
+        commands: the shell lines that made it.
+        batches, lengths: what to time, every batch with every length; lengths are tokens and do not matter for images.
+        variants: more checkpoints of the same model to put beside it in the table, by name.
+        included: the checkpoint is published with its weights.
+
+    Raises:
+        CheckpointError, ValueError, DataError: nothing is written then.
+    """
+    folder = Path(folder)
+    manifest = load_manifest(folder)
+    task = get_task(task_name)
+    dense = load_dense(dense_folder)
+    compressed = load(folder)
+    models = {DENSE: dense.model, COMPRESSED: compressed}
+    models |= {name: load(path) for name, path in (variants or {}).items()}
+    scores: list[ScoreRow] = []
+    for variant, model in models.items():
+        say(f"evaluating {variant} on {task.name}")
+        found = evaluate(
+            model, task, dense.processor,
+            data_dir=data_dir, max_length=max_length, seed=manifest.recipe.seed, progress=progress,
+        )  # fmt: skip
+        scores += [ScoreRow(variant, score) for score in found]
+    speeds = measure_speeds(dense.model, compressed, points(dense.model, batches, lengths), repeats, progress, say)
+    card = Card(
+        name=manifest.name,
+        base=_base(manifest, dense_folder, dense.library),
+        recipe=RecipeNote(manifest.recipe.name, manifest.recipe.source),
+        plan=PlanSummary.of(manifest.plan),
+        size=measure_size(folder, dense_folder),
+        scores=tuple(scores),
+        speeds=speeds,
+        data=(describe_task(task.name),),
+        training=_training(manifest),
+        commands=tuple(commands),
+        limits=tuple(limits),
+        published=(),
+        weights="included" if included else "reproducible",
+        date=datetime.date.today().isoformat(),
+        squeezoo=__version__,
+        code=code_version(),
+    )
+    write_card(card, folder)
+    return card
+
+
+def points(model: nn.Module, batches: Sequence[int], lengths: Sequence[int]) -> list[Point]:
+    """Every batch with every length; images have the one size that the model declares, written as None."""
+    sizes: Sequence[int | None] = lengths if declared_shape(model) is None else (None,)
+    return [(batch, size) for batch in batches for size in sizes]
+
+
+def measure_speeds(
+    dense: nn.Module,
+    compressed: nn.Module,
+    conditions: Sequence[Point],
+    repeats: int,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[Speed, ...]:
+    """Dense and compressed interleaved in one run at every (batch, sequence length); images have no length."""
+    speeds = []
+    for batch, sequence in conditions:
+        say(f"timing batch {batch}" + (f", sequence {sequence}" if sequence else ""))
+        inputs = make_batch(dense, batch, sequence)
+        speeds.append(benchmark(dense, compressed, inputs, repeats=repeats, progress=progress))
+    return tuple(speeds)
+
+
+def code_version() -> str | None:
+    """The git commit of the source tree, with ``+changes`` where files differ from it; None outside a checkout."""
+    try:
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        return f"{commit}+changes" if _git("status", "--porcelain", "--untracked-files=no") else commit
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).parent
+    return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _base(manifest: Manifest, dense_folder: str | Path, library: str) -> Base:
+    """What the dense model was fine-tuned from; the dense model itself where its folder does not say."""
+    provenance = read_provenance(dense_folder)
+    base = manifest.base if provenance is None else provenance["base"]
+    return describe_base(str(base["name"]), base["revision"], library, manifest.plan.adapter)
+
+
+def _training(manifest: Manifest) -> Training | None:
+    if not manifest.recipe.needs_training:
+        return None
+    hardware = next((r["hardware"] for r in manifest.training if r.get("hardware")), None)
+    return Training.of(manifest.training, manifest.recipe.seed, hardware or device_name())

@@ -1,0 +1,321 @@
+"""find_sites: what it finds on real architectures, and every mistake that it must catch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from squeezoo.models import AdapterError, adapter_for, find_sites
+from squeezoo.models.adapter import Adapter, AttentionSite, GemmSite
+from squeezoo.models.bert import BERT
+from squeezoo.models.vit import TIMM_VIT
+from torch import nn
+from torch.nn.utils import parametrize
+
+GPT2 = Adapter(
+    name="gpt2",
+    model_types=("gpt2",),
+    library="transformers>=5.10,<6",
+    block=r"(?:transformer\.)?h\.(\d+)",
+    gemms=(
+        GemmSite(r"attn\.c_attn", "qkv", "in_out", parts=3),
+        GemmSite(r"attn\.c_proj", "attn_out", "in_out"),
+        GemmSite(r"mlp\.c_fc", "ffn_up", "in_out"),
+        GemmSite(r"mlp\.c_proj", "ffn_down", "in_out"),
+    ),
+    attention=(AttentionSite("attn"),),
+    final_projection="lm_head",
+    per_block=4,
+)
+
+
+def tiny_gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=24, n_layer=2, n_head=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "roles", "final"),
+    [
+        ("bert", ["q", "k", "v", "attn_out", "ffn_up", "ffn_down"], "classifier"),
+        ("vit", ["q", "k", "v", "attn_out", "ffn_up", "ffn_down"], "classifier"),
+        ("timm_vit", ["qkv", "attn_out", "ffn_up", "ffn_down"], "head"),
+    ],
+)
+def test_sites_of_every_adapter(name: str, roles: list[str], final: str) -> None:
+    """Roles in model order, shapes and blocks of the tiny models: width 32, FFN 64, 2 blocks, as tiny.py makes them."""
+    model = tiny.TINY[name]()
+    sites = find_sites(model, adapter_for(model))
+    assert sites.adapter.name == name
+    assert [block.index for block in sites.blocks] == [0, 1]
+    assert [gemm.role for gemm in sites.gemms] == roles * 2
+    assert [gemm.block for gemm in sites.gemms] == [0] * len(roles) + [1] * len(roles)
+    shapes = {"qkv": (96, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
+    for gemm in sites.gemms:
+        assert gemm.module is model.get_submodule(gemm.name)
+        assert (gemm.out_features, gemm.in_features) == shapes.get(gemm.role, (32, 32)) == tuple(gemm.weight_OI.shape)
+        assert gemm.parts == (3 if gemm.role == "qkv" else 1)
+    assert [found.block for found in sites.attention] == [0, 1]
+    assert {found.kind for found in sites.attention} == {"self"}
+    assert sites.final is not None
+    assert (sites.final.name, sites.final.role, sites.final.block) == (final, "final", None)
+    assert not sites.final_tied
+
+
+@pytest.mark.parametrize("name", list(tiny.TINY))
+def test_attention_site_and_activation_take_part_in_the_forward_pass(name: str) -> None:
+    """The named modules are the ones that run: each is called once per block, the activation on [.., FFN width]."""
+    model = tiny.TINY[name]()
+    sites = find_sites(model, adapter_for(model))
+    called: list[str] = []
+    widths: set[int] = set()
+    for found in sites.attention:
+        found.module.register_forward_hook(lambda m, i, o, name=found.name: called.append(name))
+    for block in sites.blocks:
+        assert block.activation is not None
+        model.get_submodule(block.activation).register_forward_hook(lambda m, i, o: widths.add(o.shape[-1]))
+    batch = tiny.tiny_batch(name)
+    if name == "timm_vit":
+        model(batch["pixel_values"])
+    else:
+        model(**batch)
+    assert called == [found.name for found in sites.attention]
+    assert widths == {64}
+
+
+def test_conv1d_is_seen_as_out_in() -> None:
+    """GPT-2's Conv1D stores [in, out] (transformers.pytorch_utils): y = x W + b must equal x weight_OI^T + b."""
+    model = tiny_gpt2()
+    sites = find_sites(model, GPT2)
+    qkv = sites.gemms[0]
+    assert (qkv.out_features, qkv.in_features, qkv.parts) == (72, 24, 3)
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(qkv.module(x), nn.functional.linear(x, qkv.weight_OI, qkv.module.bias))
+    assert qkv.weight_OI.data_ptr() == qkv.module.weight.data_ptr()  # a view, not a copy
+    assert sites.final_tied  # GPT-2 ties lm_head and wte (Radford et al. 2019)
+
+
+def test_bare_backbone_has_no_final_projection() -> None:
+    """BertModel has neither head nor prefix (transformers); timm's head is then an Identity."""
+    bert = tiny.TINY["bert"]().bert
+    sites = find_sites(bert, adapter_for(bert))
+    assert sites.gemms[0].name == "encoder.layer.0.attention.self.query"
+    assert sites.final is None
+    assert not sites.final_tied
+
+    import timm
+
+    backbone = timm.create_model("vit_tiny_patch16_224", **{**tiny.TIMM_ARGS, "num_classes": 0})
+    assert find_sites(backbone, TIMM_VIT).final is None
+
+
+def test_tied_head() -> None:
+    """BertForMaskedLM ties its decoder to the word embedding by default; untied by the config it is its own matrix."""
+    from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering
+
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    for tie in (True, False):
+        sites = find_sites(BertForMaskedLM(BertConfig(**sizes, tie_word_embeddings=tie)), BERT)
+        assert sites.final is not None
+        assert sites.final.name == "cls.predictions.decoder"
+        assert sites.final_tied is tie
+    answers = find_sites(BertForQuestionAnswering(BertConfig(**sizes)), BERT)
+    assert answers.final is not None
+    assert (answers.final.name, answers.final.out_features) == ("qa_outputs", 2)
+
+
+class Halve(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight / 2
+
+
+@pytest.mark.parametrize("name", list(tiny.TINY))
+def test_attached_model_has_the_same_sites(name: str) -> None:
+    """A parametrized module is of another class and holds its weight elsewhere (torch.nn.utils.parametrize)."""
+    model = tiny.TINY[name]()
+    before = find_sites(model, adapter_for(model))
+    plain = before.gemms[0].weight_OI.clone()
+    for gemm in (*before.gemms, before.final):
+        assert gemm is not None
+        parametrize.register_parametrization(gemm.module, "weight", Halve())
+    after = find_sites(model, adapter_for(model))
+    assert after == before
+    torch.testing.assert_close(after.gemms[0].weight_OI, plain / 2)
+
+
+def test_tie_survives_a_parametrization() -> None:
+    """register_parametrization keeps the Parameter object, so the embedding is still tied to it."""
+    model = tiny_gpt2()
+    final = find_sites(model, GPT2).final
+    assert final is not None
+    parametrize.register_parametrization(final.module, "weight", Halve())
+    assert find_sites(model, GPT2).final_tied
+
+
+def test_roberta_by_the_same_record() -> None:
+    """RoBERTa (Liu et al. 2019) is BERT's module tree under another prefix, so one record serves both."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    record = replace(
+        BERT,
+        name="roberta",
+        model_types=("roberta",),
+        block=r"(?:roberta\.)?encoder\.layer\.(\d+)",
+        final_projection=r"classifier\.out_proj|qa_outputs|lm_head\.decoder",
+    )
+    config = RobertaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    sites = find_sites(RobertaForSequenceClassification(config), record)
+    assert len(sites.gemms) == 12
+    assert sites.final is not None
+    assert sites.final.name == "classifier.out_proj"
+
+
+def test_distilled_deit() -> None:
+    """timm's DeiT has two heads (Touvron et al. 2021, section 4); `head` is the final projection."""
+    import timm
+
+    args = {key: value for key, value in tiny.TIMM_ARGS.items() if key != "num_classes"}
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, **args)
+    sites = find_sites(model, adapter_for(model))
+    assert len(sites.gemms) == 8
+    assert sites.final is not None
+    assert sites.final.name == "head"
+
+
+def test_activation_that_does_not_stand_alone() -> None:
+    """A norm before fc2 (timm's scale_mlp_norm) or a gate (SwiGLU, half width): fusing would skip it, so None."""
+    import timm
+    from timm.layers import SwiGLUPacked
+
+    for extra in ({"scale_mlp_norm": True}, {"mlp_layer": SwiGLUPacked}):
+        model = timm.create_model("vit_tiny_patch16_224", **tiny.TIMM_ARGS, **extra)
+        sites = find_sites(model, TIMM_VIT)
+        assert len(sites.gemms) == 8
+        assert {block.activation for block in sites.blocks} == {None}
+
+
+def with_site(which: str, **changes: object) -> Adapter:
+    """BERT's record with the site of that pattern changed."""
+    sites = tuple(replace(site, **changes) if site.pattern == which else site for site in BERT.gemms)
+    assert sites != BERT.gemms
+    return replace(BERT, gemms=sites)
+
+
+QUERY = r"attention\.self\.query"
+MISTAKES = {
+    "pattern matches nothing": (
+        with_site(QUERY, pattern=r"attention\.self\.querry"),
+        [r"'attention\\.self\\.querry'", "matches no module", "attention.self.query", "transformers 5", ">=5.10,<6"],
+    ),
+    "no block": (
+        replace(BERT, block=r"bert\.encoder\.layers\.(\d+)"),
+        ["block pattern", "matches no module", "bert.encoder.layer.0", "transformers>=5.10,<6"],
+    ),
+    "attention pattern matches nothing": (
+        replace(BERT, attention=(AttentionSite(r"attention\.core"),)),
+        ["attention pattern", "matches no module", "attention.self"],
+    ),
+    "activation pattern matches nothing": (
+        replace(BERT, activation=r"intermediate\.act"),
+        ["activation pattern", "intermediate.intermediate_act_fn"],
+    ),
+    "patterns are matched to the end": (
+        with_site(r"output\.dense", pattern="output"),
+        ["`bert.encoder.layer.0.output` is a BertOutput", "no linear"],
+    ),
+    "two claims": (
+        with_site(r"attention\.self\.key", pattern=r"attention\.self\.(?:key|query)"),
+        ["`bert.encoder.layer.0.attention.self.query` is claimed by two patterns", "narrower"],
+    ),
+    "wrong layout": (
+        with_site(QUERY, layout="in_out"),
+        ["`bert.encoder.layer.0.attention.self.query` is a Linear", "write layout='out_in'"],
+    ),
+    "not a matrix": (
+        with_site(QUERY, pattern=r"output\.LayerNorm"),
+        ["is a LayerNorm, which is no linear", "2-D"],
+    ),
+    "wrong count": (replace(BERT, per_block=7), ["`bert.encoder.layer.0` has 6 GEMMs, expected 7"]),
+    "forgotten linear": (
+        replace(BERT, gemms=BERT.gemms[:-1], per_block=5),
+        ["no pattern claims output.dense", "left_dense"],
+    ),
+    "not three parts": (
+        with_site(QUERY, parts=3),
+        ["32 rows cannot be cut in three", "parts=1"],
+    ),
+    "unknown role": (with_site(QUERY, role="query"), ["'query'", "ffn_up"]),
+    "unknown layout": (with_site(QUERY, layout="oi"), ["'oi'", "out_in, in_out"]),
+    "unknown parts": (with_site(QUERY, parts=2), ["says 2", "1, 3"]),
+    "not a regular expression": (with_site(QUERY, pattern="attention.(self"), ["no regular expression"]),
+    "no group in block": (replace(BERT, block=r"bert\.encoder\.layer\.\d+"), ["has 0 groups", r"(\d+)"]),
+    "two groups in block": (replace(BERT, block=r"(bert\.)?encoder\.layer\.(\d+)"), ["has 2 groups", "(?:...)"]),
+    "two final projections": (
+        replace(BERT, final_projection=r"classifier|bert\.pooler\.dense"),
+        ["matches bert.pooler.dense, classifier", "expected one"],
+    ),
+    "final is no matrix": (replace(BERT, final_projection="dropout"), ["`dropout` is a Dropout"]),
+}
+
+
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_mistakes_are_named(mistake: str) -> None:
+    """Each message must hold what was expected, what was found and what to write: the words beside the mistake."""
+    record, words = MISTAKES[mistake]
+    model = tiny.TINY["bert"]()
+    with pytest.raises(AdapterError) as caught:
+        find_sites(model, record)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_conv1d_with_the_layout_of_linear() -> None:
+    """The mistake everybody makes with GPT-2."""
+    record = replace(GPT2, gemms=(replace(GPT2.gemms[0], layout="out_in"), *GPT2.gemms[1:]))
+    with pytest.raises(AdapterError, match=r"c_attn` is a Conv1D.*write layout='in_out'"):
+        find_sites(tiny_gpt2(), record)
+
+
+def test_left_dense_names_a_linear_that_stays() -> None:
+    """The documented way out of the forgotten-linear error."""
+    record = replace(BERT, gemms=BERT.gemms[:-1], per_block=5, left_dense=(r"output\.dense",))
+    sites = find_sites(tiny.TINY["bert"](), record)
+    assert "ffn_down" not in {gemm.role for gemm in sites.gemms}
+    assert {block.activation for block in sites.blocks} == {None}
+
+
+def test_block_that_lacks_a_gemm() -> None:
+    """One block differs from the others: the message names the block and the pattern without a match in it."""
+    model = tiny.TINY["bert"]()
+    del model.bert.encoder.layer[1].output.dense
+    with pytest.raises(AdapterError, match=r"encoder\.layer\.1` has 5 GEMMs, expected 6; no module matches 'output"):
+        find_sites(model, BERT)
+
+
+def test_cross_attention_is_not_left_out_in_silence() -> None:
+    """A BERT decoder has 4 more linears in each block (transformers' BertLayer), which the record does not claim."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        is_decoder=True,
+        add_cross_attention=True,
+    )
+    with pytest.raises(AdapterError, match=r"no pattern claims crossattention\.self\.query"):
+        find_sites(BertModel(config), BERT)
+
+
+def test_library_that_is_not_installed_is_said() -> None:
+    """The note on versions must not fail where the library itself is missing."""
+    record = replace(BERT, library="no-such-library>=1", block=r"x(\d+)")
+    with pytest.raises(AdapterError, match=r"no-such-library is not installed.*no-such-library>=1"):
+        find_sites(tiny.TINY["bert"](), record)

@@ -1,0 +1,104 @@
+"""What a real checkpoint weighs, and that the lines its card prints really load and run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from squeezoo.compress.engine import compress
+from squeezoo.compress.finetune import TrainData
+from squeezoo.compress.recipe import Recipe
+from squeezoo.models.dense import Dense, save_dense
+from squeezoo.zoo_cards.card import Breakdown, Card
+from squeezoo.zoo_cards.datasets import describe_task
+from squeezoo.zoo_cards.render import render_card
+from squeezoo.zoo_cards.sizes import measure_size
+from tiny import TINY, tiny_batch
+
+# Tiny ViT: 2 blocks of [96, 32] + [32, 32] + [64, 32] + [32, 64] = 8,192 weights, and a head of [3, 32] = 96.
+BLOCKS, HEAD = 2 * 8192, 96
+
+
+def one_shot(*roles: str, quantized: bool = False) -> Recipe:
+    rule = {"roles": roles, "sparsity": "2:4"} | ({"weight": {"bits": 8}, "input": {"bits": 8}} if quantized else {})
+    stages = [{"stage": "prune"}, *([{"stage": "calibrate", "batches": 1}] if quantized else [])]
+    return Recipe.parse({"name": "test", "description": "-", "source": "-", "rules": [rule], "stages": stages})
+
+
+def squeeze(name: str, recipe: Recipe, folder: Path, processor: object = None) -> tuple[Path, Path]:
+    """(checkpoint, dense folder) of a tiny model."""
+    model = TINY[name]()
+    batch = tiny_batch(name, 4)
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(4)]
+    data = TrainData(rows, lambda rows: {key: torch.stack([row[key] for row in rows]) for key in rows[0]})
+    dense = Dense(model, processor, name, None, "timm" if name == "timm_vit" else "transformers")
+    save_dense(model, processor, folder / "dense")
+    compress(dense, recipe, data, folder / "small")
+    return folder / "small", folder / "dense"
+
+
+def test_int8_2_4_weighs_what_the_paper_says(tmp_path: Path) -> None:
+    """Source: 20 bits per group of four (GPUSQ-TLM, section 3): 0.3125 of FP16; counts of the tiny ViT by hand."""
+    small, dense = squeeze("timm_vit", one_shot("block", "final", quantized=True), tmp_path)
+    size = measure_size(small, dense)
+    assert size.paper_dense_fp16_bytes == 2 * (BLOCKS + HEAD)
+    assert size.paper_bytes == (BLOCKS + HEAD) * 5 // 8 == 0.3125 * size.paper_dense_fp16_bytes
+    scales = 4 * (2 * (96 + 32 + 64 + 32) + 3) + 4 * 9  # one per output channel, one per input
+    assert replace(size.breakdown, other=0) == Breakdown((BLOCKS + HEAD) // 2, (BLOCKS + HEAD) // 8, scales, 0)
+    assert size.true_bytes == sum(path.stat().st_size for path in small.rglob("*") if path.is_file())
+    assert size.true_dense_bytes == sum(path.stat().st_size for path in dense.rglob("*") if path.is_file())
+    assert size.true_dense_dtype == "float32"
+    assert size.parameters == sum(parameter.numel() for parameter in TINY["timm_vit"]().parameters())
+    assert size.parameters - size.nonzeros >= (BLOCKS + HEAD) // 2
+
+
+def test_gemms_that_the_plan_leaves_alone_count_in_fp16(tmp_path: Path) -> None:
+    """Source: FP16 2:4 is 36 bits per group, 0.5625 of FP16; the unpruned head counts in full on both sides. The card
+    written beside the checkpoint does not count."""
+    small, dense = squeeze("timm_vit", one_shot("block"), tmp_path)
+    before = measure_size(small, dense)
+    (small / "README.md").write_text("a card")
+    size = measure_size(small, dense)
+    assert size == before
+    assert size.paper_bytes == BLOCKS * 9 // 8 + 2 * HEAD
+    assert (size.breakdown.values, size.breakdown.indices, size.breakdown.scales) == (BLOCKS, BLOCKS // 8, 0)
+
+
+def test_no_dense_weights_is_an_error(tmp_path: Path) -> None:
+    """Source: the contract."""
+    small, _ = squeeze("timm_vit", one_shot("block"), tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"expected the dense model's \*.safetensors"):
+        measure_size(small, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("library", ["timm", "vit", "bert"])
+def test_the_printed_lines_run(
+    library: str, tmp_path: Path, new_card: Callable[..., Card], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Source: the card itself: its Python block, with the folder for the name, is executed on a real checkpoint."""
+    name = {"timm": "timm_vit"}.get(library, library)
+    text = library == "bert"
+    small, _ = squeeze(name, one_shot("block"), tmp_path, _tokenizer(tmp_path) if text else None)
+    card = new_card(data=(describe_task("glue/mrpc" if text else "digits"),), scores=())
+    card = replace(card, base=replace(card.base, library="timm" if library == "timm" else "transformers"))
+    code = render_card(card).split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 5
+    names: dict[str, Any] = {}
+    exec(code.replace(card.name, str(small)), names)
+    assert "tensor([[" in capsys.readouterr().out
+    assert isinstance(names["model"], type(TINY[name]()))
+    assert not names["model"].training
+
+
+def _tokenizer(folder: Path) -> object:
+    import transformers as hf
+
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] the firm sold its london office in was by ."
+    (folder / "vocab.txt").write_text(words.replace(" ", "\n"), encoding="utf-8")
+    tokenizer: Any = hf.BertTokenizerFast  # type: ignore[attr-defined]
+    return tokenizer(str(folder / "vocab.txt"))

@@ -1,0 +1,90 @@
+"""A `Card` as a Hugging Face model card: metadata with ``model-index``, then what people want to know, in that order.
+
+A pure function of the card, so a README.md can always be made again from its results.json; nobody edits it by hand.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from . import numbers, sections
+from .card import COMPRESSED, Card
+from .tables import render_comparison, render_table, render_terminal
+
+__all__ = ["README", "render_card", "render_comparison", "render_table", "render_terminal", "write_card"]
+
+README = "README.md"
+HUB_SPLITS = {"dev": "validation"}  # where the Hub's data set calls the split otherwise
+HEADER = "<!-- Generated from results.json by `squeezoo card DIR`; edits here are lost. -->"
+
+
+def render_card(card: Card) -> str:
+    """The whole README.md. Parts that the card has nothing to say about are left out."""
+    parts = [
+        ("Results", sections.results(card)),
+        ("Size", sections.size(card)),
+        ("Speed", sections.speed(card)),
+        ("How to load", sections.how_to_load(card)),
+        ("Recipe and plan", sections.recipe(card)),
+        ("Training", sections.training(card)),
+        ("How to reproduce", sections.reproduce(card)),
+        ("Limits", sections.limits(card)),
+        ("Published numbers", sections.published(card)),
+        ("Versions", sections.versions(card)),
+        ("Licence", sections.licence(card)),
+    ]
+    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in parts if text)
+    return f"---\n{_metadata(card)}\n---\n{HEADER}\n\n# {card.name}\n\n{sections.introduction(card)}\n\n{body}\n"
+
+
+def write_card(card: Card, folder: str | Path) -> Path:
+    """Write ``results.json`` and ``README.md`` into ``folder``, each whole or not at all; returns the latter's path."""
+    text = render_card(card)
+    card.save(folder)
+    path = Path(folder) / README
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _metadata(card: Card) -> str:
+    """The YAML front matter, written by huggingface_hub itself so that its own parser reads it back."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = []
+    for row in card.scores:
+        # A score of a part of a split is left out: leaderboards would rank it beside complete ones.
+        if row.variant == COMPRESSED and row.score.complete:
+            data = card.data_of(row.score)
+            results.append(
+                EvalResult(
+                    task_type=data.pipeline,
+                    dataset_type=data.hub_id or data.task,
+                    dataset_name=data.name,
+                    dataset_config=data.config,
+                    dataset_split=HUB_SPLITS.get(row.score.split, row.score.split) if data.hub_id else row.score.split,
+                    metric_type=row.score.metric,
+                    metric_name=numbers.metric_name(row.score.metric),
+                    metric_value=round(row.score.value, 6),
+                )
+            )
+    plan = card.plan
+    sparse = [f"{pattern.replace(':', '-')}-sparse" for pattern in plan.patterns]  # a colon would name a namespace
+    metadata = ModelCardData(
+        library_name="squeezoo",
+        base_model=card.base.hub_id,
+        base_model_relation="quantized" if card.base.hub_id else None,
+        license=card.base.licence.lower(),
+        pipeline_tag=card.data[0].pipeline if card.data else None,
+        tags=["squeezoo", card.recipe.name, *sparse, *(f"int{bits}" for bits in plan.weight_bits)],
+        datasets=list(dict.fromkeys(data.hub_id for data in card.data if data.hub_id)) or None,
+        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
+        model_name=card.name if results else None,
+        eval_results=results or None,
+    )
+    return metadata.to_yaml(line_break="\n")
