@@ -92,11 +92,11 @@ def tasks() -> tuple[Data, Table]:
     """The evaluation tasks."""
     from .eval import TASKS
 
-    table = Table("task", "version", "kind", "splits", "metric", "source")
+    table = Table("task", "version", "kind", "splits", "metric")
     rows = []
     for t in TASKS.values():
         splits = ", ".join(t.splits)
-        table.add_row(t.name, str(t.version), t.kind, splits, t.metric, t.source)
+        table.add_row(t.name, str(t.version), t.kind, splits, t.metric)
         rows.append(
             {"name": t.name, "version": t.version, "kind": t.kind, "splits": t.splits, "metric": t.metric,
              "labels": t.num_labels, "source": t.source}

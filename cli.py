@@ -103,7 +103,7 @@ def plan(
     if json_:
         show_json(made.to_dict())
     else:
-        out.print(made.summary(), highlight=False, markup=False)
+        out.print(made.summary(), highlight=False, markup=False, soft_wrap=True)
 
 
 @command
@@ -181,7 +181,7 @@ def compress(
         dense, chosen, data, out_dir,
         name=name, device=device, restart=restart, hardware=device_name(device), say=say,
     )  # fmt: skip
-    out.print(made.plan.summary(), highlight=False, markup=False)
+    out.print(made.plan.summary(), highlight=False, markup=False, soft_wrap=True)
     out.print(f"wrote {made.folder}", highlight=False)
 
 

@@ -173,8 +173,8 @@ def load(folder: str | Path, *, device: str = "cpu", backend: Backend = "auto", 
         folder: a checkpoint folder.
         device: where the model runs; the integer backend is for CPUs, elsewhere ``auto`` takes ``reference``.
         backend: ``int8`` replaces quantized GEMMs by integer kernels; ``reference`` repeats the training-time
-            arithmetic in float32; ``dense`` has the same weights as plain float32 and rounds no inputs, to compare speed
-            with; ``auto`` takes ``int8`` where this machine has the kernels.
+            arithmetic in float32; ``dense`` has the same weights as plain float32 and rounds no inputs, to compare
+            speed with; ``auto`` takes ``int8`` where this machine has the kernels.
         check: compare every file with its SHA-256 first.
 
     Raises:

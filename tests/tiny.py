@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from squeezoo.models.dense import load_dense
 from squeezoo.models.torchvision_guard import ensure_torchvision_importable
 from torch import Tensor, nn
 
@@ -57,7 +56,11 @@ def tiny_vit() -> nn.Module:
 
 def tiny_timm_vit() -> nn.Module:
     """timm's ViT of the same sizes, its QKV in one matrix."""
-    return _seeded(lambda: load_dense("timm/vit_tiny_patch16_224", model_args=TIMM_ARGS).model)
+    import timm
+
+    model: Any = _seeded(lambda: timm.create_model("vit_tiny_patch16_224", **TIMM_ARGS))
+    model.squeezoo_model_args = dict(TIMM_ARGS)  # as load_dense does: timm before 1.0.31 does not keep them
+    return model
 
 
 TINY: dict[str, Callable[[], nn.Module]] = {"bert": tiny_bert, "vit": tiny_vit, "timm_vit": tiny_timm_vit}

@@ -27,6 +27,7 @@ from .reference import LARGEST_LEVEL
 
 ZERO_POINT = 128
 Activation = Literal["gelu", "gelu_tanh", "relu"]
+_CAST = frozenset({torch.float16, torch.bfloat16, torch.float64})  # computed in float32, cast in and out
 
 # Per activation: oneDNN's name and algorithm, and a lower bound of its values.
 _POST_OPS: dict[Activation | None, tuple[str, str, float]] = {
@@ -121,20 +122,22 @@ class Int8Gemm:
         shape, dtype = x.shape, x.dtype
         if not shape or shape[-1] != self.in_features:
             raise ValueError(f"expected an input of {self.in_features} features, found the shape {list(shape)}")
-        x_TI = x.reshape(-1, self.in_features)
+        x_TI = x if len(shape) == 2 else x.reshape(-1, self.in_features)
         next_scale = self.next_scale
-        if x.is_floating_point():
+        if dtype is torch.float32 or dtype in _CAST:
             if dtype is not torch.float32:
                 x_TI = x_TI.float()
                 next_scale = None  # levels would not tell the next GEMM which dtype the model works in
-            plain = prefers_plain(x_TI.shape[0], self.out_features, self.in_features, self.activation is not None)
+            plain = prefers_plain(len(x_TI), self.out_features, self.in_features, self.activation is not None)
             x_TI = to_levels(x_TI, self.input_scale, signed=plain)
-        elif not self.takes_levels:
+        elif self.takes_levels and dtype in (torch.int8, torch.uint8):
+            plain = dtype is torch.int8
+        else:
             raise TypeError(f"expected a floating point input, found {str(dtype).removeprefix('torch.')}")
-        y_TO = (self._run_plain if x_TI.dtype is torch.int8 else self._run_packed)(x_TI, next_scale)
-        if dtype is torch.bfloat16 or dtype is torch.float16 or dtype is torch.float64:
+        y_TO = self._run_plain(x_TI, next_scale) if plain else self._run_packed(x_TI, next_scale)
+        if dtype in _CAST:
             y_TO = y_TO.to(dtype)
-        return y_TO.view(*shape[:-1], self.out_features)
+        return y_TO if len(shape) == 2 else y_TO.view(*shape[:-1], self.out_features)
 
     def _run_plain(self, levels_TI: Tensor, next_scale: float | None) -> Tensor:
         y_TO = torch._int_mm(levels_TI, self._weight_q_IO).float()
