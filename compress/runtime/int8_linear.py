@@ -128,7 +128,7 @@ class Int8Gemm:
             if dtype is not torch.float32:
                 x_TI = x_TI.float()
                 next_scale = None  # levels would not tell the next GEMM which dtype the model works in
-            plain = prefers_plain(len(x_TI), self.out_features, self.in_features, self.activation is not None)
+            plain = prefers_plain(x_TI.shape[0], self.out_features, self.in_features, self.activation is not None)
             x_TI = to_levels(x_TI, self.input_scale, signed=plain)
         elif self.takes_levels and dtype in (torch.int8, torch.uint8):
             plain = dtype is torch.int8
