@@ -358,6 +358,22 @@ def _show_card(made: Any, folder: Path, json_: bool) -> None:
 
 
 @command
+def publish(
+    folder: Annotated[Path, typer.Argument(help="checkpoint folder with results.json")],
+) -> None:
+    """Put a measured checkpoint into this source checkout's zoo: card, small weights, index, README table.
+
+    Example: squeezoo publish runs/quickstart/digits-vit.digits.gpusq-gemm-int8
+    """
+    from .zoo_cards.publish import publish as run
+    from .zoo_cards.publish import update_table
+
+    target = run(folder)
+    update_table()
+    out.print(f"published {target}", highlight=False)
+
+
+@command
 def list_(
     pattern: Annotated[str, typer.Argument(help="shell wildcard over the names")] = "*", json_: JsonFlag = False
 ) -> None:

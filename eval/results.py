@@ -15,13 +15,17 @@ def atomic_write_json(path: str | Path, obj: Any) -> None:
         ValueError, TypeError: ``obj`` is not JSON (NaN and infinity are not); nothing was touched.
         OSError: e.g. disk full; the old file is as it was.
     """
+    atomic_write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file, the old one or the whole new one; raises OSError as `atomic_write_json`."""
     path = Path(path)
-    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     # in the same folder, because a rename is atomic only within one file system
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -8,23 +8,10 @@ from squeezoo.models.dense import load_dense, save_dense
 from tiny import TIMM_ARGS
 from typer.testing import CliRunner
 
-COMMANDS = [
-    "quickstart",
-    "plan",
-    "compress",
-    "finetune",
-    "eval",
-    "bench",
-    "verify",
-    "load-check",
-    "card",
-    "list",
-    "info",
-    "adapters",
-    "recipes",
-    "tasks",
-    "doctor",
-]
+COMMANDS = (
+    "quickstart", "plan", "compress", "finetune", "eval", "bench", "verify", "load-check", "card", "publish", "list",
+    "info", "adapters", "recipes", "tasks", "doctor",
+)  # fmt: skip
 
 
 def run(*arguments, code=0):

@@ -5,9 +5,9 @@ A pure function of the card, so a README.md can always be made again from its re
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from ..eval.results import atomic_write_text
 from . import numbers, sections
 from .card import COMPRESSED, Card
 from .tables import render_comparison, render_table, render_terminal
@@ -43,12 +43,7 @@ def write_card(card: Card, folder: str | Path) -> Path:
     text = render_card(card)
     card.save(folder)
     path = Path(folder) / README
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    atomic_write_text(path, text)
     return path
 
 

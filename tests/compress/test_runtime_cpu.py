@@ -1,293 +1,33 @@
-"""The CPU runtime: int8 modules against exact integer arithmetic and against the fake-quantized reference."""
+"""The CPU runtime put into models: fused FFNs and whole models against the fake-quantized reference."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
-import threading
-import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
 
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
-from squeezoo.compress.runtime import QuantizedGemm, cpu, int8_linear, int8_supported, use_int8_, use_reference_
+from gemms import TOY, Toy, needs_int8, quantize, random_gemm
+from squeezoo.compress.runtime import QuantizedGemm, cpu, int8_supported, use_int8_, use_reference_
 from squeezoo.compress.runtime.int8_linear import (
     Int8Gemm,
     Int8Linear,
     Int8Slice,
-    SharedInput,
-    prefers_plain,
     to_levels,
-    to_levels_by_arithmetic,
 )
-from squeezoo.compress.runtime.reference import FakeQuantizedInput, use_input_scales_
 from squeezoo.models import all_adapters
-from squeezoo.models.adapter import Adapter, AttentionSite, GemmSite, Sites, find_sites
+from squeezoo.models.adapter import Adapter, AttentionSite, GemmSite, find_sites
 from squeezoo.models.dense import logits
 from torch import Tensor, nn
-
-SUPPORTED, WHY_NOT = int8_supported()
-needs_int8 = pytest.mark.skipif(not SUPPORTED, reason=WHY_NOT)
 
 
 @pytest.fixture(autouse=True)
 def _without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def random_gemm(out_features: int, in_features: int, seed: int = 0, bias: bool = True, **changes: Any) -> QuantizedGemm:
-    """Scales are powers of two and biases multiples of them, so that float32 results are exact up to 2^24 steps."""
-    generator = torch.Generator().manual_seed(seed)
-    fields: dict[str, Any] = dict(
-        name="g",
-        weight_q_OI=torch.randint(-127, 128, (out_features, in_features), generator=generator, dtype=torch.int8),
-        scale_O=2.0 ** torch.randint(-3, 1, (out_features,), generator=generator),
-        input_scale=0.25,
-        bias_O=torch.randint(-9, 10, (out_features,), generator=generator).float() if bias else None,
-    )
-    return QuantizedGemm(**{**fields, **changes})
-
-
-def ready(gemm: QuantizedGemm, **how: Any) -> Int8Gemm:
-    return Int8Gemm(gemm.weight_q_OI, gemm.scale_O, gemm.bias_O, gemm.input_scale, **how)
-
-
-def inputs(*shape: int, seed: int = 1) -> Tensor:
-    """Multiples of 1/16, a quarter of the step of `random_gemm`: ties, and values past ±127 steps on both sides."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randint(-640, 641, shape, generator=generator) / 16
-    return x * torch.where(torch.rand(shape, generator=generator) < 0.1, 4.0, 1.0)
-
-
-def exact(gemm: QuantizedGemm, x: Tensor) -> Tensor:
-    """The definition in 64 bits: round half to even, clamp to ±127, integer sums, then scales and bias."""
-    levels = (x.double() / gemm.input_scale).round().clamp(-127, 127).long()
-    sums = levels.reshape(-1, gemm.in_features) @ gemm.weight_q_OI.long().t()
-    y = sums.double() * (gemm.scale_O.double() * gemm.input_scale)
-    y = y if gemm.bias_O is None else y + gemm.bias_O.double()
-    return y.reshape(*x.shape[:-1], gemm.out_features)
-
-
-# --- one GEMM -------------------------------------------------------------------------------------------------------
-
-
-SHAPES = [(1, 5, 3), (1, 96, 64), (4, 7, 2), (17, 33, 10), (9, 64, 1), (40, 100, 48), (300, 16, 512), (33, 640, 1024)]
-
-
-@needs_int8
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("rows", "in_features", "out_features"), SHAPES)
-def test_a_gemm_equals_exact_integer_arithmetic(rows: int, in_features: int, out_features: int, bias: bool) -> None:
-    """Expected: the definition in int64. Every scale is a power of two and the sums stay below 2^24, so float32 is
-    exact: all bits must agree, odd shapes and saturated inputs included."""
-    gemm = random_gemm(out_features, in_features, bias=bias)
-    x = inputs(rows, in_features)
-    assert (x / 0.25).abs().max() > 128
-    y = ready(gemm)(x)
-    assert y.dtype == torch.float32
-    assert torch.equal(y.double(), exact(gemm, x))
-
-
-@needs_int8
-@pytest.mark.parametrize("run", ["_run_plain", "_run_packed"])
-def test_both_kernels_are_exact_at_the_largest_sums(run: str) -> None:
-    """Expected: 127 * 127 * K, the sum that saturates 16-bit intermediates on CPUs without VNNI (K = 1024: exact)."""
-    weight_OI = torch.full((40, 1024), 127, dtype=torch.int8)
-    weight_OI[1::2] = -127
-    gemm = Int8Gemm(weight_OI, torch.ones(40), None, 1.0)
-    for sign in (1, -1):
-        levels_TI = to_levels(torch.full((20, 1024), sign * 999.0), 1.0, signed=run == "_run_plain")
-        expected_O = torch.tensor([1.0, -1.0]).repeat(20) * (sign * 127 * 127 * 1024)
-        assert torch.equal(getattr(gemm, run)(levels_TI, None), expected_O.expand(20, 40))
-
-
-def test_both_kernels_are_used() -> None:
-    """The shapes above reach both sides of the choice; else half of the runtime would go untested."""
-    assert {prefers_plain(rows, o, i, False) for rows, i, o in SHAPES} == {True, False}
-    assert prefers_plain(1, 4096, 4096, True)
-    assert not prefers_plain(1024, 384, 384, False)
-
-
-@pytest.mark.parametrize("quantize", [to_levels, to_levels_by_arithmetic])
-@pytest.mark.parametrize("signed", [True, False])
-def test_levels_round_half_to_even_and_stop_at_127(quantize: Callable[..., Tensor], signed: bool) -> None:
-    """Expected by hand, step 2: 0.5, 1.5, 2.5 steps → 0, 2, 2; below -127 steps → -127, never -128."""
-    x = torch.tensor([[1.0, 3.0, 5.0, -1.0, -3.0, -253.0, -255.0, -256.0, -1e9, 255.0, 1e9, float("-inf")]])
-    expected = torch.tensor([[0, 2, 2, 0, -2, -126, -127, -127, -127, 127, 127, -127]])
-    levels = quantize(x, 2.0, signed)
-    assert levels.dtype == (torch.int8 if signed else torch.uint8)
-    assert torch.equal(levels.long() - (0 if signed else 128), expected)
-
-
-def test_levels_of_views() -> None:
-    """Expected: the same as for a contiguous copy; the result must not keep the strides of its source."""
-    x = inputs(8, 12, seed=3)
-    for view in (x.t(), x[:, ::2], x[2:7], x[:0], x.unsqueeze(0).expand(3, 8, 12)):
-        levels = to_levels(view, 0.25, signed=True)
-        assert torch.equal(levels, to_levels(view.contiguous(), 0.25, signed=True))
-        assert levels.is_contiguous()
-
-
-@needs_int8
-def test_any_leading_dimensions_and_strides() -> None:
-    """Expected: the definition; [I], [B, I], [B, L, I], an empty batch, transposed, sliced and expanded inputs."""
-    gemm = random_gemm(24, 20)
-    fast = ready(gemm)
-    x = inputs(3, 6, 20)
-    views = [x, x[0, 0], x[0], x[:, :1], x[:0], x[:, :0], x.transpose(0, 1), x[::2, 1:], inputs(20, 5).t()]
-    for view in [*views, inputs(2, 6, 40)[..., ::2], x[:1].expand(4, 6, 20), inputs(2, 20, 3, 5).permute(0, 2, 3, 1)]:
-        y = fast(view)
-        assert y.shape == (*view.shape[:-1], 24)
-        assert torch.equal(y.double(), exact(gemm, view))
-
-
-@needs_int8
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_float_types_are_cast_in_and_out(dtype: torch.dtype) -> None:
-    """Expected: the float32 result of the same (representable) input, cast."""
-    gemm = random_gemm(24, 20, bias=False)
-    x = inputs(5, 20).to(dtype)
-    y = ready(gemm)(x)
-    assert y.dtype == dtype
-    assert torch.equal(y, exact(gemm, x.float()).to(torch.float32).to(dtype))
-
-
-@needs_int8
-def test_wrong_inputs_are_refused() -> None:
-    """A last dimension that only happens to divide must not be reshaped away, and integers are not levels."""
-    fast = ready(random_gemm(4, 20))
-    with pytest.raises(ValueError, match=r"20 features, found the shape \[3, 40\]"):
-        fast(torch.zeros(3, 40))
-    with pytest.raises(ValueError, match=r"found the shape \[\]"):
-        fast(torch.zeros(()))
-    with pytest.raises(TypeError, match="floating point input, found uint8"):
-        fast(torch.zeros(3, 20, dtype=torch.uint8))
-
-
-@needs_int8
-def test_gradients_stop_and_nothing_warns(recwarn: pytest.WarningsRecorder) -> None:
-    """Integers have no gradient: an input that requires one gives a result that does not."""
-    with torch.enable_grad():
-        y = ready(random_gemm(4, 20))(torch.zeros(3, 20, requires_grad=True) * 1)
-    assert not y.requires_grad
-    assert [str(w.message) for w in recwarn if "quantize_per_tensor" in str(w.message)] == []
-
-
-# --- Q, K and V as one ----------------------------------------------------------------------------------------------
-
-
-def three(**how: Any) -> tuple[list[QuantizedGemm], list[nn.Module]]:
-    """Q, K and V of different heights, K without bias."""
-    gemms = [random_gemm(o, 20, seed=o, bias=o != 16, name=f"g{o}") for o in (24, 16, 8)]
-    return gemms, list(cpu._slices(gemms).values())
-
-
-@needs_int8
-def test_a_shared_input_is_multiplied_once() -> None:
-    """Expected: the definition for each of the three, from one GEMM call, and nothing kept afterwards."""
-    gemms, modules = three()
-    shared = modules[0].shared
-    calls = []
-    run, shared.gemm = shared.gemm, lambda x: calls.append(x) or run(x)
-    x = inputs(2, 5, 20)
-    for gemm, module in zip(gemms, modules):
-        y = module(x)
-        assert torch.equal(y.double(), exact(gemm, x))
-        y.view(2, 5, -1, 4).transpose(1, 2)  # what attention code does with it
-    assert len(calls) == 1
-    assert shared._waiting is None
-
-
-@needs_int8
-@pytest.mark.parametrize("inference", [True, False])
-@pytest.mark.parametrize("order", ["012", "210", "0011", "01012", "2", "000", "01|2", "0|12", "0x0", "012x012"])
-def test_shared_input_in_any_order(order: str, inference: bool) -> None:
-    """Expected: the definition at every call. `|` switches to another tensor or back, `x` alters the tensor in
-    place; between two of the three this is noticed where tensors record it, that is not under inference_mode."""
-    gemms, modules = three()
-    order += "" if inference else "0x12"
-    with torch.inference_mode(inference):
-        x, other = inputs(3, 20, seed=1), inputs(3, 20, seed=2)
-        for step in order:
-            if step == "|":
-                x, other = other, x
-            elif step == "x":
-                x.mul_(-0.5)
-            else:
-                assert torch.equal(modules[int(step)](x).double(), exact(gemms[int(step)], x))
-
-
-@needs_int8
-def test_shared_input_keeps_nothing_alive() -> None:
-    """The waiting results must go when the input dies, even if K and V are never asked for."""
-    _, modules = three()
-    x = inputs(3, 20)
-    modules[0](x)
-    results = [weakref.ref(y) for y in modules[0].shared._waiting[2] if y is not None]
-    assert len(results) == 2
-    del x
-    gc.collect()
-    assert [ref() for ref in results] == [None, None]
-    assert modules[0].shared._waiting is None
-
-
-@needs_int8
-def test_shared_input_under_several_threads() -> None:
-    """Expected: the definition in every thread, with different tensors and with one common tensor."""
-    gemms, modules = three()
-    common = inputs(7, 20, seed=99)
-    wrong: list[str] = []
-
-    def work(seed: int) -> None:
-        for turn in range(60):
-            x = common if turn % 3 == 0 else inputs(7, 20, seed=seed * 1000 + turn)
-            for gemm, module in zip(gemms, modules):
-                if not torch.equal(module(x).double(), exact(gemm, x)):
-                    wrong.append(f"{seed}/{turn}/{gemm.name}")
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-
-
-# --- the FFN: up, activation, down ----------------------------------------------------------------------------------
-
-
-class Toy(nn.Module):
-    """One "block" with an FFN and nothing else that matters."""
-
-    def __init__(self, activation: nn.Module, width: int = 20, hidden: int = 36) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([nn.Module()])
-        block = self.blocks[0]
-        block.up, block.act, block.drop = nn.Linear(width, hidden), activation, nn.Dropout(0.5)
-        block.down = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        block = self.blocks[0]
-        return block.down(block.drop(block.act(block.up(x))))
-
-
-TOY = Adapter(
-    name="toy",
-    model_types=("toy",),
-    library="torch",
-    block=r"blocks\.(\d+)",
-    gemms=(GemmSite("up", "ffn_up"), GemmSite("down", "ffn_down")),
-    attention=(),
-    final_projection=None,
-    per_block=2,
-    activation="act",
-)
 
 
 def toy(activation: nn.Module, input_scale: float = 0.03, next_scale: float = 0.02) -> tuple[Toy, Toy, cpu.Int8Report]:
@@ -394,32 +134,6 @@ def test_half_models_keep_their_type_through_the_fused_ffn() -> None:
     y = fast(x)
     assert y.dtype == torch.bfloat16
     assert float((y.float() - slow(x.float())).norm() / slow(x.float()).norm()) < 0.02
-
-
-# --- whole models ---------------------------------------------------------------------------------------------------
-
-
-def quantize(model: nn.Module, sites: Sites, run: Callable[[], Any]) -> dict[str, QuantizedGemm]:
-    """Per-channel weights and inputs scaled by their largest value while ``run``, the final projection included."""
-    largest: dict[str, float] = {}
-    gemms = [*sites.gemms, *([sites.final] if sites.final is not None else [])]
-
-    def watch(name: str) -> Callable[..., None]:
-        return lambda module, args: largest.__setitem__(name, float(args[0].abs().max()))
-
-    handles = [gemm.module.register_forward_pre_hook(watch(gemm.name)) for gemm in gemms]
-    run()
-    for handle in handles:
-        handle.remove()
-    result = {}
-    for gemm in gemms:
-        scale_O = gemm.weight_OI.abs().amax(1) / 127
-        weight_q_OI = (gemm.weight_OI / scale_O[:, None]).round().to(torch.int8)
-        bias = gemm.module.bias
-        result[gemm.name] = QuantizedGemm(
-            gemm.name, weight_q_OI, scale_O, largest[gemm.name] / 127, bias if bias is None else bias.detach().clone()
-        )
-    return result
 
 
 @cache
@@ -557,42 +271,6 @@ def test_an_int8_model_refuses_training_and_state_dict() -> None:
         fast.state_dict()
 
 
-# --- what must be refused before anything is changed ----------------------------------------------------------------
-
-
-def wrong_plans() -> dict[str, tuple[Callable[[nn.Module, dict[str, QuantizedGemm]], Any], str]]:
-    name = "blocks.0.mlp.fc1"
-    return {
-        "unknown": (
-            lambda m, g: g.__setitem__("nope", random_gemm(4, 4, name="nope")),
-            "this model's 9 GEMMs .*'nope'",
-        ),
-        "misnamed": (lambda m, g: g.__setitem__(name, g["head"]), "holding the matrix of 'head'"),
-        "shape": (
-            lambda m, g: g.__setitem__(name, random_gemm(32, 64, name=name)),
-            r"the module is \[64, 32\] .*, the quantized matrix \[32, 64\]",
-        ),
-        "moved on": (lambda m, g: setattr(m, "head", nn.Linear(32, 3)), "belong to another model"),
-    }
-
-
-@needs_int8
-@pytest.mark.parametrize("use", [use_int8_, use_reference_])
-@pytest.mark.parametrize("case", wrong_plans())
-def test_a_wrong_plan_changes_nothing(case: str, use: Callable[..., Any]) -> None:
-    """One clear message, and every module and weight as before."""
-    model = tiny.tiny_timm_vit()
-    sites = find_sites(model, all_adapters()["timm_vit"])
-    gemms = quantize(model, sites, lambda: logits(model, tiny.tiny_batch("timm_vit")))
-    spoil, message = wrong_plans()[case]
-    spoil(model, gemms)
-    modules, state = list(model.modules()), copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=message):
-        use(model, sites, gemms)
-    assert list(model.modules()) == modules
-    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-
-
 def test_an_unsupported_machine_is_said_and_nothing_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without VNNI: the reason, and what to use instead."""
     monkeypatch.setattr(cpu, "_vnni", lambda: "")
@@ -623,100 +301,3 @@ def test_inexact_or_missing_operators_are_not_supported(monkeypatch: pytest.Monk
         supported, reason = int8_supported.__wrapped__()
         assert not supported
         assert "no attribute 'no_such_operator'" in reason
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"weight_q_OI": torch.zeros(4, 8)}, r"expected weights int8 .*, found float32 \[4, 8\]"),
-        ({"weight_q_OI": torch.zeros(4, dtype=torch.int8)}, r"found int8 \[4\]"),
-        ({"scale_O": torch.ones(4, 1)}, r"expected scales float32 \[4\], found float32 \[4, 1\]"),
-        ({"scale_O": torch.tensor([1.0, 0.0, 1.0, 1.0])}, "positive scales, found 0.0"),
-        ({"scale_O": torch.tensor([1.0, float("nan"), 1.0, 1.0])}, "finite scales, found 1 others"),
-        ({"bias_O": torch.ones(5)}, r"expected bias float32 \[4\]"),
-        ({"input_scale": 0.0}, "input scale, found 0.0"),
-        ({"input_scale": float("inf")}, "input scale, found inf"),
-    ],
-)
-def test_a_quantized_gemm_checks_itself(changes: dict[str, Any], message: str) -> None:
-    """Expected: an error that says what was expected and found."""
-    with pytest.raises(ValueError, match=f"^g: .*{message}"):
-        random_gemm(4, 8, **changes)
-
-
-# --- the reference --------------------------------------------------------------------------------------------------
-
-
-def test_the_reference_is_the_definition() -> None:
-    """Expected: float64 arithmetic of the definition; classes and keys of the model stay."""
-    model = Toy(nn.ReLU())
-    keys = list(model.state_dict())
-    gemm = random_gemm(36, 20, name="blocks.0.up")
-    use_reference_(model, find_sites(model, TOY), {gemm.name: gemm})
-    x = inputs(3, 5, 20)
-    assert torch.equal(model.blocks[0].up(x).double(), exact(gemm, x))
-    assert type(model.blocks[0].up) is nn.Linear
-    assert list(model.state_dict()) == keys
-    assert not model.training
-
-
-def test_the_reference_of_a_transposed_layer() -> None:
-    """Expected: GPT-2's Conv1D [in, out] computes the same as the linear with the transposed matrix."""
-    from transformers.pytorch_utils import Conv1D
-
-    model = Toy(nn.ReLU())
-    model.blocks[0].up = Conv1D(36, 20)
-    sites = (GemmSite("up", "ffn_up", "in_out"), TOY.gemms[1])
-    adapter = Adapter("toy", ("toy",), "torch", r"blocks\.(\d+)", sites, (), None, 2)
-    gemm = random_gemm(36, 20, name="blocks.0.up")
-    x = inputs(3, 20)
-    use_reference_(model, find_sites(model, adapter), {gemm.name: gemm})
-    assert torch.equal(model.blocks[0].up(x).double(), exact(gemm, x))
-    if SUPPORTED:
-        fresh = Toy(nn.ReLU())
-        fresh.blocks[0].up = Conv1D(36, 20)
-        use_int8_(fresh, find_sites(fresh, adapter), {gemm.name: gemm})
-        assert torch.equal(fresh.blocks[0].up(x).double(), exact(gemm, x))
-
-
-def test_a_bias_that_has_no_place_is_refused() -> None:
-    """Expected: an error, not a bias that is dropped; without one the module's own bias becomes zero."""
-    model = Toy(nn.ReLU())
-    model.blocks[0].up = nn.Linear(20, 36, bias=False)
-    gemm = random_gemm(36, 20, name="blocks.0.up")
-    with pytest.raises(ValueError, match=r"blocks\.0\.up has no bias, but a bias of 36"):
-        use_reference_(model, find_sites(model, TOY), {gemm.name: gemm})
-    down = random_gemm(20, 36, name="blocks.0.down", bias=False)
-    use_reference_(model, find_sites(model, TOY), {down.name: down})
-    assert not model.blocks[0].down.bias.any()
-
-
-def test_input_scales_of_other_widths() -> None:
-    """Expected by hand, 4 bits, step 1: levels -7..7, half to even; the type of the input stays."""
-    model = nn.Sequential(nn.Identity())
-    use_input_scales_(model, {"0": (1.0, 4)})
-    x = torch.tensor([-9.0, -7.5, -2.5, 0.5, 1.5, 7.4, 100.0])
-    expected = torch.tensor([-7.0, -7.0, -2.0, 0.0, 2.0, 7.0, 7.0])
-    assert torch.equal(model(x), expected)
-    assert torch.equal(model(x.bfloat16()), expected.bfloat16())
-    assert torch.equal(copy.deepcopy(model)(x), expected)
-    for scales, message in (
-        ({"0": (1.0, 9)}, "2 to 8 bits .*found 9"),
-        ({"0": (0.0, 8)}, "input scale, found 0.0"),
-        ({"0": (1.0, 8), "5": (1.0, 8)}, "no module '5' in this Sequential"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            use_input_scales_(model, scales)
-    assert len(model[0]._forward_pre_hooks) == 1
-    assert FakeQuantizedInput(0.5, 127)(model, (torch.tensor([63.4, 70.0]),))[0].tolist() == [63.5, 63.5]
-
-
-def test_gelu_bounds() -> None:
-    """The lower bounds that spare a pass over the result: the true minima, found on a fine grid."""
-    x = torch.linspace(-3, 3, 600_001, dtype=torch.float64)
-    minima = {"gelu": F.gelu(x).min(), "gelu_tanh": F.gelu(x, approximate="tanh").min(), "relu": F.relu(x).min()}
-    for name, (_, _, smallest) in int8_linear._POST_OPS.items():
-        if name is not None:
-            assert smallest <= float(minima[name]) <= smallest + 2e-4
-    assert issubclass(Int8Slice, nn.Module)
-    assert not issubclass(SharedInput, nn.Module)
