@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 import torch
 from squeezoo.compress.runtime import QuantizedGemm, int8_supported
-from squeezoo.compress.runtime.int8_linear import (
-    Int8Gemm,
-)
+from squeezoo.compress.runtime.int8_linear import Int8Gemm
 from squeezoo.models.adapter import Adapter, GemmSite, Sites
 from torch import Tensor, nn
 

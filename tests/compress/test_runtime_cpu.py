@@ -12,12 +12,7 @@ import tiny
 import torch
 from gemms import TOY, Toy, needs_int8, quantize, random_gemm
 from squeezoo.compress.runtime import QuantizedGemm, cpu, int8_supported, use_int8_, use_reference_
-from squeezoo.compress.runtime.int8_linear import (
-    Int8Gemm,
-    Int8Linear,
-    Int8Slice,
-    to_levels,
-)
+from squeezoo.compress.runtime.int8_linear import Int8Gemm, Int8Linear, Int8Slice, to_levels
 from squeezoo.models import all_adapters
 from squeezoo.models.adapter import Adapter, AttentionSite, GemmSite, find_sites
 from squeezoo.models.dense import logits
@@ -25,9 +20,12 @@ from torch import Tensor, nn
 
 
 @pytest.fixture(autouse=True)
-def _without_gradients() -> Iterator[None]:
+def _one_thread_without_gradients() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.no_grad():
         yield
+    torch.set_num_threads(threads)
 
 
 def toy(activation: nn.Module, input_scale: float = 0.03, next_scale: float = 0.02) -> tuple[Toy, Toy, cpu.Int8Report]:
@@ -54,11 +52,7 @@ def assert_equal_but_for_flips(fast: Tensor, slow: Tensor, gemm: Int8Gemm, share
     assert rows_off <= share * gemm.in_features
 
 
-ACTIVATIONS = {
-    "gelu": nn.GELU(),
-    "gelu_tanh": nn.GELU(approximate="tanh"),
-    "relu": nn.ReLU(),
-}
+ACTIVATIONS = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh"), "relu": nn.ReLU()}
 
 
 @needs_int8

@@ -13,19 +13,17 @@ import torch
 import torch.nn.functional as F
 from gemms import exact, inputs, needs_int8, random_gemm, ready
 from squeezoo.compress.runtime import QuantizedGemm, cpu, int8_linear
-from squeezoo.compress.runtime.int8_linear import (
-    Int8Gemm,
-    prefers_plain,
-    to_levels,
-    to_levels_by_arithmetic,
-)
+from squeezoo.compress.runtime.int8_linear import Int8Gemm, prefers_plain, to_levels, to_levels_by_arithmetic
 from torch import Tensor, nn
 
 
 @pytest.fixture(autouse=True)
-def _without_gradients() -> Iterator[None]:
+def _one_thread_without_gradients() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.no_grad():
         yield
+    torch.set_num_threads(threads)
 
 
 # --- one GEMM -------------------------------------------------------------------------------------------------------
@@ -43,9 +41,11 @@ def test_a_gemm_equals_exact_integer_arithmetic(rows: int, in_features: int, out
     gemm = random_gemm(out_features, in_features, bias=bias)
     x = inputs(rows, in_features)
     assert (x / 0.25).abs().max() > 128
-    y = ready(gemm)(x)
-    assert y.dtype == torch.float32
-    assert torch.equal(y.double(), exact(gemm, x))
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        y = ready(gemm)(x)
+        assert y.dtype == torch.float32
+        assert torch.equal(y.double(), exact(gemm, x))
 
 
 @needs_int8

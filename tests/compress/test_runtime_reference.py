@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from gemms import TOY, Toy, exact, inputs, needs_int8, quantize, random_gemm
-from squeezoo.compress.runtime import QuantizedGemm, use_int8_, use_reference_
+from squeezoo.compress.runtime import QuantizedGemm, int8_supported, use_int8_, use_reference_
 from squeezoo.compress.runtime.reference import FakeQuantizedInput, use_input_scales_
 from squeezoo.models import all_adapters
 from squeezoo.models.adapter import Adapter, GemmSite, find_sites
@@ -19,9 +19,12 @@ from torch import nn
 
 
 @pytest.fixture(autouse=True)
-def _without_gradients() -> Iterator[None]:
+def _one_thread_without_gradients() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.no_grad():
         yield
+    torch.set_num_threads(threads)
 
 
 def test_the_reference_is_the_definition() -> None:
@@ -49,7 +52,7 @@ def test_the_reference_of_a_transposed_layer() -> None:
     x = inputs(3, 20)
     use_reference_(model, find_sites(model, adapter), {gemm.name: gemm})
     assert torch.equal(model.blocks[0].up(x).double(), exact(gemm, x))
-    if SUPPORTED:
+    if int8_supported()[0]:
         fresh = Toy(nn.ReLU())
         fresh.blocks[0].up = Conv1D(36, 20)
         use_int8_(fresh, find_sites(fresh, adapter), {gemm.name: gemm})
