@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from . import numbers
 from .card import COMPRESSED, DENSE, Card
-from .tables import Grid, condition, fastest, headline, results_grid, size_grid, speed_grid
+from .tables import Grid, condition, fastest, headline, measured_with, results_grid, size_grid, speed_grid
 
 
 def introduction(card: Card) -> str:
@@ -62,7 +62,7 @@ def speed(card: Card) -> str:
         return headline(card.speeds)
     repeats = sorted({speed.repeats for speed in card.speeds})
     return (
-        f"{headline(card.speeds)}\n\n{speed_grid(card).markdown()}\n\n"
+        f"{headline(card.speeds)}\n\n{speed_grid(card).markdown()}\n\n{measured_with(card.speeds)} "
         f"Median milliseconds per batch of {' or '.join(map(str, repeats))} calls, dense and compressed in turn in one "
         "process; in brackets the 10th to 90th percentile."
     )

@@ -75,21 +75,37 @@ def size_grid(card: Card) -> Grid:
 
 
 def speed_grid(card: Card) -> Grid:
-    """One row per measured condition."""
+    """One row per measured condition. What is the same for all rows is no column, but said by `measured_with`."""
 
     def timing(time: Timing) -> str:
         low, high = numbers.milliseconds(time.p10_ms), numbers.milliseconds(time.p90_ms)
         return f"{numbers.milliseconds(time.median_ms)} ({low} to {high})"
 
+    header = ["batch", "input", "dense, ms", "compressed, ms", "speed-up"]
     rows = [
         [
-            speed.device, speed.backend, f"{speed.batch}", input_shape(speed), speed.dtype, timing(speed.dense),
-            timing(speed.compressed), f"{numbers.speed_up(speed.speedup)} ({numbers.spread(speed.speedup_spread)})",
+            f"{speed.batch}", input_shape(speed), timing(speed.dense), timing(speed.compressed),
+            f"{numbers.speed_up(speed.speedup)} ({numbers.spread(speed.speedup_spread)})",
         ]
         for speed in card.speeds
     ]  # fmt: skip
-    header = ["device", "backend", "batch", "input", "dense in", "dense, ms", "compressed, ms", "speed-up"]
-    return Grid(header, rows, left=2)
+    if len({_setting(speed) for speed in card.speeds}) < 2:
+        return Grid(header, rows, left=2)
+    rows = [[*_setting(speed), *row] for speed, row in zip(card.speeds, rows)]
+    return Grid(["device", "dense in", "compressed by", *header], rows, left=5)
+
+
+def measured_with(speeds: Sequence[Speed]) -> str:
+    """``On AMD EPYC (2 threads): dense in float32, compressed by Int8Linear.``; nothing where the rows differ in it."""
+    settings = {_setting(speed) for speed in speeds}
+    if len(settings) != 1:
+        return ""
+    device, dtype, backend = settings.pop()
+    return f"On {device}: dense in {dtype}, compressed by {backend}."
+
+
+def _setting(speed: Speed) -> tuple[str, str, str]:
+    return speed.device, speed.dtype, speed.backend
 
 
 def render_table(cards: Iterable[Card]) -> str:
@@ -159,7 +175,10 @@ def render_comparison(dense: Measured, rows: Sequence[Measured], title: str | No
 def render_terminal(card: Card) -> list[Table]:
     """The three tables of a card: results, size, speed; empty ones are left out."""
     grids = {"results": results_grid(card), "size": size_grid(card), "speed": speed_grid(card)}
-    return [grid.rich(f"{card.name}: {title}") for title, grid in grids.items() if grid.rows]
+    tables = {title: grid.rich(f"{card.name}: {title}") for title, grid in grids.items() if grid.rows}
+    if "speed" in tables:
+        tables["speed"].caption = measured_with(card.speeds)
+    return list(tables.values())
 
 
 def headline(speeds: Sequence[Speed]) -> str:
