@@ -68,7 +68,6 @@ def training_data(
     data_dir: str | Path | None = None,
     max_length: int = 128,
     limit: int | None = None,
-    augment: bool = True,
     model: nn.Module | None = None,
 ) -> TrainData:
     """The training split of a task as the engine takes it.
@@ -76,7 +75,6 @@ def training_data(
     Args:
         processor: tokenizer or image processor of the model. model: says the image size where there is no processor.
         limit: so many rows instead of all, always the same ones.
-        augment: change the batches at random as the task says; a task may say nothing.
 
     Raises:
         ValueError: unknown task. DataError: its files are missing or broken.
@@ -85,7 +83,7 @@ def training_data(
     rows = sample_rows(task.rows(task.splits[0], data_dir), limit)
     image = task.kind == "image-classification"
     features = task.encode(rows, model if processor is None and image else processor, max_length)
-    return TrainData(features, collator(processor), task.augment if augment else None)
+    return TrainData(features, collator(processor), task.augment)
 
 
 def measure_card(

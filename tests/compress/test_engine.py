@@ -222,3 +222,28 @@ def test_batch_order_depends_on_seed_and_epoch_alone():
         max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in (first[k : k + 8] for k in range(0, 96, 8))
     ]
     assert max(spans) <= 2
+
+
+def test_scales_and_weights_move_by_the_same_fraction():
+    """Under Adam a parameter moves by its rate: rate(s) / s == rate(w) / rms(w), and no weight decay on scales."""
+    from squeezoo.compress.attach import attach_, compressed_weights, latent_OI, prune_, quantizers
+    from squeezoo.compress.calibrate import calibrate_
+    from squeezoo.compress.finetune import give_scales_their_rate_
+    from squeezoo.compress.plan import make_plan
+
+    model = TINY["bert"]()
+    attach_(model, make_plan(model, GPUSQ))
+    prune_(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    give_scales_their_rate_(optimizer, model)
+    assert len(optimizer.param_groups) == 1  # nothing is calibrated yet, so nothing is trained
+    calibrate_(model, [tiny_batch("bert")])
+    give_scales_their_rate_(optimizer, model)
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    for _, quantizer in quantizers(model):
+        assert group_of[id(quantizer.scale)]["weight_decay"] == 0
+    for _, module, parametrization in compressed_weights(model):
+        rms = latent_OI(module, parametrization).square().mean().sqrt().item()
+        scale = parametrization.quantizer.scale
+        assert group_of[id(scale)]["lr"] / scale.mean().item() == pytest.approx(1e-3 / rms, rel=1e-4)
