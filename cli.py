@@ -121,6 +121,7 @@ def finetune(
     limit: Annotated[int | None, typer.Option(help="train on so many rows only")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     restart: Annotated[bool, typer.Option(help="throw an unfinished run away instead of resuming it")] = False,
+    json_: JsonFlag = False,
 ) -> None:
     """Fine-tune the dense baseline; writes an ordinary transformers or timm folder. Resumes when killed.
 
@@ -140,7 +141,7 @@ def finetune(
     made = train_dense(
         dense, chosen, data, out_dir, device=device, restart=restart, hardware=device_name(device), say=say
     )
-    out.print(f"wrote {made.folder}", highlight=False)
+    _show_run(made, json_)
 
 
 @command
@@ -159,6 +160,7 @@ def compress(
     limit: Annotated[int | None, typer.Option(help="train on so many rows only")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     restart: Annotated[bool, typer.Option(help="throw an unfinished run away instead of resuming it")] = False,
+    json_: JsonFlag = False,
 ) -> None:
     """Squeeze a fine-tuned dense model with a recipe and write a packed checkpoint. Resumes when killed.
 
@@ -181,8 +183,16 @@ def compress(
         dense, chosen, data, out_dir,
         name=name, device=device, restart=restart, hardware=device_name(device), say=say,
     )  # fmt: skip
-    out.print(made.plan.summary(), highlight=False, markup=False, soft_wrap=True)
-    out.print(f"wrote {made.folder}", highlight=False)
+    _show_run(made, json_)
+
+
+def _show_run(made: Any, json_: bool) -> None:
+    if json_:
+        show_json({"folder": str(made.folder), "plan": made.plan.to_dict(), "stages": made.stages})
+        return
+    if made.plan.gemms:
+        out.print(made.plan.summary(), highlight=False, markup=False, soft_wrap=True)
+    out.print(f"wrote {made.folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _recipe(name: str, *values: Any) -> Any:
@@ -354,12 +364,12 @@ def _show_card(made: Any, folder: Path, json_: bool) -> None:
         return
     for table in render_terminal(made):
         out.print(table)
-    out.print(f"card: {folder / 'README.md'}", highlight=False)
+    out.print(f"card: {folder / 'README.md'}", highlight=False, markup=False, soft_wrap=True)
 
 
 @command
 def publish(
-    folder: Annotated[Path, typer.Argument(help="checkpoint folder with results.json")],
+    folder: Annotated[Path, typer.Argument(help="checkpoint folder with results.json")], json_: JsonFlag = False
 ) -> None:
     """Put a measured checkpoint into this source checkout's zoo: card, small weights, index, README table.
 
@@ -370,7 +380,10 @@ def publish(
 
     target = run(folder)
     update_table()
-    out.print(f"published {target}", highlight=False)
+    if json_:
+        show_json({"folder": str(target)})
+    else:
+        out.print(f"published {target}", highlight=False, markup=False, soft_wrap=True)
 
 
 @command

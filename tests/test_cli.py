@@ -56,7 +56,9 @@ def test_plan_prints_before_anything_is_done(dense):
 
 def test_finetune_compress_eval_verify_bench_card(dense, checkpoint, tmp_path):
     """The whole chain on 64 scans: what each command writes is what the next one reads."""
-    run("finetune", dense, "--task", "digits", "--out", tmp_path / "d", "--epochs", 1, "--limit", 64)
+    options = ("--task", "digits", "--epochs", 1, "--limit", 64, "--json")
+    made = json.loads(run("finetune", dense, "--out", tmp_path / "d", *options).stdout)
+    assert (made["folder"], made["stages"][0]["steps"]) == (str(tmp_path / "d"), 4)
     assert json.loads((tmp_path / "d" / "squeezoo_training.json").read_text())["base"]["name"] == "dense"
     for model in (dense, checkpoint):
         scores = json.loads(run("eval", model, "--task", "digits", "--limit", 40, "--json").stdout)

@@ -70,7 +70,7 @@ def test_two_of_four_and_fold(squeezed, dense):
 
 
 def test_saved_loaded_and_verified(squeezed, dense, batch, tmp_path):
-    """With float32 storage nothing is rounded on disk; int8 agrees within what a rounding step here and there changes."""
+    """With float32 storage nothing is rounded on disk; int8 agrees within what single rounding steps change."""
     model, plan, recipe = squeezed
     recipe = recipe.model_copy(update={"storage": Storage(other="float32")})
     name = "minilm-l6.none.gpusq-gemm-int8"
