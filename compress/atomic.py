@@ -27,9 +27,10 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         yield fresh
         for file in fresh.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)  # safetensors makes its files private, mkdtemp the folder
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        fresh.chmod(0o755)  # mkdtemp makes it private
+        fresh.chmod(0o755)
         if path.exists():
             path.rename(old)
         fresh.rename(path)
