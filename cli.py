@@ -30,6 +30,13 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="print JSON instead of a 
 Task = Annotated[str, typer.Option("--task", "-t", help="see `squeezoo tasks`")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="folder to write")]
 MaxLength = Annotated[int, typer.Option(help="longer texts are truncated to so many tokens")]
+Epochs = Annotated[float | None, typer.Option(help="of each training stage, instead of the recipe's")]
+LearningRate = Annotated[float | None, typer.Option(help="instead of the recipe's")]
+TrainBatch = Annotated[int | None, typer.Option(help="instead of the recipe's")]
+Seed = Annotated[int | None, typer.Option(help="instead of the recipe's")]
+TrainRows = Annotated[int | None, typer.Option(help="train on so many rows only")]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Restart = Annotated[bool, typer.Option(help="throw an unfinished run away instead of resuming it")]
 Repeats = Annotated[int, typer.Option(min=1, help="timed repeats of each model")]
 
 
@@ -113,14 +120,14 @@ def finetune(
     out_dir: Out,
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="a recipe without rules")] = "dense",
     data_dir: DataDir = None,
-    epochs: Annotated[float | None, typer.Option(help="instead of the recipe's")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="instead of the recipe's")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="instead of the recipe's")] = None,
-    seed: Annotated[int | None, typer.Option(help="instead of the recipe's")] = None,
+    epochs: Epochs = None,
+    learning_rate: LearningRate = None,
+    batch_size: TrainBatch = None,
+    seed: Seed = None,
     max_length: MaxLength = 128,
-    limit: Annotated[int | None, typer.Option(help="train on so many rows only")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    restart: Annotated[bool, typer.Option(help="throw an unfinished run away instead of resuming it")] = False,
+    limit: TrainRows = None,
+    device: Device = "cpu",
+    restart: Restart = False,
     json_: JsonFlag = False,
 ) -> None:
     """Fine-tune the dense baseline; writes an ordinary transformers or timm folder. Resumes when killed.
@@ -152,14 +159,14 @@ def compress(
     task: Annotated[str | None, typer.Option("--task", "-t", help="trains on it; see `squeezoo tasks`")] = None,
     name: Annotated[str | None, typer.Option(help="<model>.<task>.<recipe>; default: the folder's name")] = None,
     data_dir: DataDir = None,
-    epochs: Annotated[float | None, typer.Option(help="of each training stage, instead of the recipe's")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="instead of the recipe's")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="instead of the recipe's")] = None,
-    seed: Annotated[int | None, typer.Option(help="instead of the recipe's")] = None,
+    epochs: Epochs = None,
+    learning_rate: LearningRate = None,
+    batch_size: TrainBatch = None,
+    seed: Seed = None,
     max_length: MaxLength = 128,
-    limit: Annotated[int | None, typer.Option(help="train on so many rows only")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    restart: Annotated[bool, typer.Option(help="throw an unfinished run away instead of resuming it")] = False,
+    limit: TrainRows = None,
+    device: Device = "cpu",
+    restart: Restart = False,
     json_: JsonFlag = False,
 ) -> None:
     """Squeeze a fine-tuned dense model with a recipe and write a packed checkpoint. Resumes when killed.
