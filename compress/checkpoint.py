@@ -41,8 +41,8 @@ Resolved = Literal["int8", "reference", "dense"]
 
 # The reference repeats the arithmetic that made the golden output; on another CPU the order of float sums differs. The
 # integer backend also rounds GELU and scales differently, by some 1e-6. Either now and then moves an activation over a
-# rounding boundary of the next quantizer: by one step (1/127 of the range) in one of thousands of summands. A model that
-# was never trained with its quantizers amplifies such steps; how much is measured when it is saved.
+# rounding boundary of the next quantizer: by one step (1/127 of the range) in one of thousands of summands. A model
+# that was never trained with its quantizers amplifies such steps; how much is measured when it is saved.
 REFERENCE_TOLERANCE = 1e-3
 INT8_TOLERANCE = 5e-2
 SENSITIVITY_FACTOR = 3
