@@ -86,10 +86,10 @@ def quickstart(
 
     Example: squeezoo quickstart --out runs/quickstart
     """
-    from .quickstart import run_quickstart
+    from .quickstart import NAME, run_quickstart
 
     card = run_quickstart(out_dir, say)
-    _show_card(card, out_dir, json_)
+    _show_card(card, out_dir / NAME, json_)
 
 
 @command
