@@ -15,14 +15,14 @@ def zoo(pattern: str) -> tuple[Data, Table]:
     from .zoo_cards.hub import info, list_models
 
     records = [info(name) for name in list_models(pattern)]
-    table = Table("name", "task", "metric", "dense", "compressed", "of FP16", "speed-up", "weights")
+    table = Table()
+    table.add_column("name", no_wrap=True)
+    for column in ("metric", "dense", "compressed", "speed-up", "weights"):
+        table.add_column(column, justify="right", overflow="fold")
     for r in records:
         scores = ["-" if r[key] is None else f"{r[key]:.4f}" for key in ("dense", "compressed")]
         speed = "-" if r["speed_up"] is None else f"{r['speed_up']:.2f}x"
-        weights = "included" if r["location"] else "card only"
-        table.add_row(
-            r["name"], r["task"] or "-", r["metric"] or "-", *scores, f"{r['paper_ratio']:.4f}", speed, weights
-        )
+        table.add_row(r["name"], r["metric"] or "-", *scores, speed, "here" if r["location"] else "-")
     return records, table
 
 
