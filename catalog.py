@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 Data = Any
@@ -15,14 +16,13 @@ def zoo(pattern: str) -> tuple[Data, Table]:
     from .zoo_cards.hub import info, list_models
 
     records = [info(name) for name in list_models(pattern)]
-    table = Table()
-    table.add_column("name", no_wrap=True)
-    for column in ("metric", "dense", "compressed", "speed-up", "weights"):
-        table.add_column(column, justify="right", overflow="fold")
+    table = Table(box=SIMPLE)
+    for column in ("name", "metric", "dense", "compressed", "speed-up"):
+        table.add_column(column, justify="left" if column == "name" else "right", no_wrap=True)
     for r in records:
         scores = ["-" if r[key] is None else f"{r[key]:.4f}" for key in ("dense", "compressed")]
         speed = "-" if r["speed_up"] is None else f"{r['speed_up']:.2f}x"
-        table.add_row(r["name"], r["metric"] or "-", *scores, speed, "here" if r["location"] else "-")
+        table.add_row(r["name"], r["metric"] or "-", *scores, speed)
     return records, table
 
 
