@@ -16,7 +16,7 @@ def zoo(pattern: str) -> tuple[Data, Table]:
     from .zoo_cards.hub import info, list_models
 
     records = [info(name) for name in list_models(pattern)]
-    table = Table(box=SIMPLE)
+    table = Table(box=SIMPLE, pad_edge=False)
     for column in ("name", "metric", "dense", "compressed", "speed-up"):
         table.add_column(column, justify="left" if column == "name" else "right", no_wrap=True)
     for r in records:

@@ -22,6 +22,7 @@ from .compress.finetune import TrainData
 from .eval import get_task
 from .eval.data import collator
 from .eval.environment import device_name
+from .eval.fit import check_labels, check_reads
 from .eval.image import declared_shape
 from .eval.run import evaluate, sample_rows
 from .eval.speed import Speed, benchmark, make_batch
@@ -73,13 +74,17 @@ def training_data(
     """The training split of a task as the engine takes it.
 
     Args:
-        processor: tokenizer or image processor of the model. model: says the image size where there is no processor.
+        processor: tokenizer or image processor of the model.
+        model: is checked against the task, and says the image size where there is no processor.
         limit: so many rows instead of all, always the same ones.
 
     Raises:
-        ValueError: unknown task. DataError: its files are missing or broken.
+        ValueError: unknown task, or one that the model cannot do. DataError: its files are missing or broken.
     """
     task = get_task(task_name)
+    if model is not None:
+        check_reads(model, task)
+        check_labels(model, task)
     rows = sample_rows(task.rows(task.splits[0], data_dir), limit)
     image = task.kind == "image-classification"
     features = task.encode(rows, model if processor is None and image else processor, max_length)

@@ -14,6 +14,7 @@ from torch import nn
 from ..models.dense import logits
 from .data import batches, collator
 from .environment import library_versions
+from .fit import check_reads
 from .progress import progress_bar
 from .task import Feature, Row, Score, Task
 
@@ -127,6 +128,7 @@ def evaluate(
         task = get_task(task)
     split = task.report_split if split is None else split
     size = task.size(split)
+    check_reads(model, task)
     rows = task.rows(split, data_dir)
     chosen = sample_rows(rows, limit)
     text = task.kind == "text-classification"

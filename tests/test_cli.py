@@ -87,10 +87,12 @@ def test_finetune_compress_eval_verify_bench_card(dense, checkpoint, tmp_path):
     [
         (("plan", "{dense}", "--recipe", "gpusq"), "Did you mean 'gpusq-gemm-int8'?"),
         (("eval", "{dense}", "--task", "glue/sst3"), "did you mean 'glue/sst2'?"),
-        (("eval", "{dense}", "--task", "glue/sst2", "--data-dir", "/does/not/exist"), "--data-dir"),
+        (("eval", "{dense}", "--task", "cifar10", "--data-dir", "/does/not/exist"), "--data-dir"),
         (("eval", "no-such-model", "--task", "digits"), "no-such-model"),
         (("compress", "{dense}", "-r", "gpusq-gemm-int8", "-o", "{tmp}/x"), "needs data: pass a task"),
         (("compress", "{dense}", "-r", "{tmp}/none.yaml", "-o", "{tmp}/x"), "does not exist"),
+        (("eval", "{dense}", "--task", "glue/sst2"), "glue/sst2 is a task on text, but VisionTransformer reads images"),
+        (("compress", "{dense}", "-r", "asp-2-4", "-t", "glue/mrpc", "-o", "{tmp}/x"), "is a task on text"),
         (("verify", "{dense}"), "holds no squeezoo.json"),
         (("info", "nothing"), "nothing"),
         (("adapters", "--show", "resnet"), "known: bert"),
