@@ -300,7 +300,7 @@ def verify(
 
     Example: squeezoo verify runs/minilm-l6.mrpc.gpusq-gemm-int8
     """
-    from .compress.checkpoint import verify as prove
+    from .compress.verify import verify as prove
     from .pipeline import resolve
 
     found = prove(resolve(checkpoint))

@@ -4,11 +4,12 @@ import pytest
 import torch
 from squeezoo.compress.attach import attach_, compressed_weights, fold_, prune_
 from squeezoo.compress.calibrate import calibrate_
-from squeezoo.compress.checkpoint import load, save_checkpoint, verify
+from squeezoo.compress.checkpoint import load, save_checkpoint
 from squeezoo.compress.masks import Pattern, check_nm
 from squeezoo.compress.packing import paper_bytes
 from squeezoo.compress.plan import make_plan
 from squeezoo.compress.recipe import Recipe, Storage
+from squeezoo.compress.verify import verify
 from squeezoo.models.dense import load_dense, logits
 from squeezoo.models.folders import load_processor
 

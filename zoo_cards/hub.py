@@ -18,7 +18,7 @@ from .parts import RESULTS
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..compress.checkpoint import Verification
+    from ..compress.verify import Verification
 
 ZOO = Path(__file__).parent
 INDEX = "index.json"
@@ -103,14 +103,14 @@ def load(name_or_path: str | Path, **options: Any) -> nn.Module:
 
 
 def verify(name_or_path: str | Path) -> Verification:
-    """Prove a checkpoint by zoo name or folder: every hash, then the golden output; see `checkpoint.verify`.
+    """Prove a checkpoint by zoo name or folder: every hash, then the golden output; see `compress.verify`.
 
     Raises:
         ZooError: see `resolve`. CheckpointError: a damaged file, or an output that differs too much.
     """
-    from ..compress import checkpoint
+    from ..compress.verify import verify as prove
 
-    return checkpoint.verify(resolve(name_or_path))
+    return prove(resolve(name_or_path))
 
 
 def load_processor(name_or_path: str | Path) -> Any:

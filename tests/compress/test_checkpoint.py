@@ -9,11 +9,12 @@ from safetensors.torch import load_file
 from squeezoo.compress import atomic, checkpoint
 from squeezoo.compress.attach import attach_, fold_, prune_
 from squeezoo.compress.calibrate import calibrate_
-from squeezoo.compress.checkpoint import CheckpointError, check_files, load, load_manifest, save_checkpoint, verify
+from squeezoo.compress.checkpoint import CheckpointError, check_files, load, load_manifest, save_checkpoint
 from squeezoo.compress.pack import PackError, pack, unpack
 from squeezoo.compress.plan import make_plan
 from squeezoo.compress.recipe import Recipe, Storage
 from squeezoo.compress.runtime import int8_supported
+from squeezoo.compress.verify import INT8_TOLERANCE, verify
 from squeezoo.models.dense import logits
 from tiny import TINY, tiny_batch
 
@@ -58,7 +59,7 @@ def test_the_int8_backend_agrees_with_the_reference(name, tmp_path):
     with torch.no_grad():
         reference = logits(load(tmp_path / "c", backend="reference"), tiny_batch(name))
         integer = logits(load(tmp_path / "c", backend="int8"), tiny_batch(name))
-    assert (integer - reference).abs().max() <= checkpoint.INT8_TOLERANCE * reference.abs().max()
+    assert (integer - reference).abs().max() <= INT8_TOLERANCE * reference.abs().max()
 
 
 @pytest.mark.parametrize("recipe_name", ["magnitude-2-4", "gpusq-gemm-int8"])
