@@ -107,9 +107,9 @@ def test_sigkill_while_training_then_the_same_command(tmp_path):
     def start(out, slow):
         return subprocess.Popen([sys.executable, str(script), str(out), str(slow)], stderr=subprocess.PIPE)
 
-    killed = start(tmp_path / "killed", 0.5)
-    deadline = time.monotonic() + 90
-    while not list(tmp_path.glob("killed.work/stage-1/checkpoint-2/trainer_state.json")):
+    killed = start(tmp_path / "killed", 1.5)
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("killed.work/stage-1/checkpoint-*/trainer_state.json")):
         assert killed.poll() is None, killed.stderr.read().decode()
         assert time.monotonic() < deadline, "no checkpoint came"
         time.sleep(0.05)
