@@ -21,7 +21,6 @@ from .compress.engine import read_provenance
 from .compress.finetune import TrainData
 from .eval import get_task
 from .eval.data import collator
-from .eval.environment import device_name
 from .eval.fit import check_labels, check_reads
 from .eval.image import declared_shape
 from .eval.run import evaluate, sample_rows
@@ -206,4 +205,4 @@ def _training(manifest: Manifest) -> Training | None:
     if not manifest.recipe.needs_training:
         return None
     hardware = next((r["hardware"] for r in manifest.training if r.get("hardware")), None)
-    return Training.of(manifest.training, manifest.recipe.seed, hardware or device_name())
+    return Training.of(manifest.training, manifest.recipe.seed, hardware or "hardware that the run did not record")
