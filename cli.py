@@ -34,6 +34,7 @@ Epochs = Annotated[float | None, typer.Option(help="of each training stage, inst
 LearningRate = Annotated[float | None, typer.Option(help="instead of the recipe's")]
 TrainBatch = Annotated[int | None, typer.Option(help="instead of the recipe's")]
 Seed = Annotated[int | None, typer.Option(help="instead of the recipe's")]
+Precision = Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast), instead of the recipe's")]
 TrainRows = Annotated[int | None, typer.Option(help="train on so many rows only")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 Restart = Annotated[bool, typer.Option(help="throw an unfinished run away instead of resuming it")]
@@ -124,6 +125,7 @@ def finetune(
     learning_rate: LearningRate = None,
     batch_size: TrainBatch = None,
     seed: Seed = None,
+    precision: Precision = None,
     max_length: MaxLength = 128,
     limit: TrainRows = None,
     device: Device = "cpu",
@@ -141,7 +143,7 @@ def finetune(
     from .pipeline import training_data
 
     dense = load_dense(model, num_labels=get_task(task).num_labels, seed=seed or 0)
-    chosen = _recipe(recipe, epochs, learning_rate, batch_size, seed)
+    chosen = _recipe(recipe, epochs, learning_rate, batch_size, seed, precision)
     data = training_data(
         task, dense.processor, data_dir=data_dir, max_length=max_length, limit=limit, model=dense.model
     )
@@ -163,6 +165,7 @@ def compress(
     learning_rate: LearningRate = None,
     batch_size: TrainBatch = None,
     seed: Seed = None,
+    precision: Precision = None,
     max_length: MaxLength = 128,
     limit: TrainRows = None,
     device: Device = "cpu",
@@ -179,7 +182,7 @@ def compress(
     from .models.dense import load_dense
     from .pipeline import training_data
 
-    chosen = _recipe(recipe, epochs, learning_rate, batch_size, seed)
+    chosen = _recipe(recipe, epochs, learning_rate, batch_size, seed, precision)
     dense = load_dense(model)
     data = None
     if task is not None:
@@ -205,7 +208,7 @@ def _show_run(made: Any, json_: bool) -> None:
 def _recipe(name: str, *values: Any) -> Any:
     from .compress.recipe import Recipe
 
-    keys = ("epochs", "learning_rate", "batch_size", "seed")
+    keys = ("epochs", "learning_rate", "batch_size", "seed", "precision")
     return Recipe.load(name).override(**{k: v for k, v in zip(keys, values, strict=True) if v is not None})
 
 

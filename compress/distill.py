@@ -55,6 +55,8 @@ def feature_loss(student_BLD: Tensor, teacher_BLD: Tensor, padding_mask_BL: Tens
             f"feature maps differ: teacher {tuple(teacher_BLD.shape)}, student {tuple(student_BLD.shape)}; "
             "choose blocks of equal width, or set feature: 0"
         )
+    if student_BLD.dtype == torch.bfloat16:  # under autocast
+        student_BLD, teacher_BLD = student_BLD.float(), teacher_BLD.float()
     if padding_mask_BL is None or padding_mask_BL.shape != student_BLD.shape[:2]:
         return F.mse_loss(student_BLD, teacher_BLD)
     weight_BL1 = padding_mask_BL.unsqueeze(-1).to(student_BLD.dtype)

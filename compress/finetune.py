@@ -106,13 +106,13 @@ class Objective(nn.Module):
             batch = self.augment(batch, generator)
         labels, teacher, config = batch.get("labels"), self._teacher[0], self.stage.distill
         if teacher is None or config is None:
-            loss = hard_loss(logits(self.student, batch), labels)
+            loss = hard_loss(logits(self.student, batch).float(), labels)
         else:
             student_tap, teacher_tap = self._taps
             with torch.no_grad(), teacher_tap:
-                teacher_BC = logits(teacher, batch)
+                teacher_BC = logits(teacher, batch).float()
             with student_tap:
-                student_BC = logits(self.student, batch)
+                student_BC = logits(self.student, batch).float()
             loss = mixed_loss(
                 config,
                 student_BC,
@@ -199,6 +199,7 @@ def finetune_(
         max_grad_norm=stage.max_grad_norm,
         seed=seed,
         use_cpu=device == "cpu",
+        bf16=stage.precision == "bfloat16",
         remove_unused_columns=False,
         report_to=[],
         disable_tqdm=True,

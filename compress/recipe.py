@@ -99,7 +99,10 @@ class Distill(_Record):
 
 
 class Finetune(_Record):
-    """Training with whatever is attached by then: masks fixed, quantizers active after a calibrate stage."""
+    """Training with whatever is attached by then: masks fixed, quantizers active after a calibrate stage.
+
+    ``precision: bfloat16`` runs the GEMMs in bfloat16 (autocast); weights, scales, optimizer and losses stay float32.
+    """
 
     stage: Literal["finetune"]
     epochs: float = Field(gt=0)
@@ -109,6 +112,7 @@ class Finetune(_Record):
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    precision: Literal["float32", "bfloat16"] = "float32"
     distill: Distill | None = None
 
 
