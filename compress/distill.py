@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.adapter import Sites
-from .recipe import Distill
+from .stages import Distill
 
 
 class DistillError(ValueError):

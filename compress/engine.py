@@ -27,7 +27,8 @@ from .calibrate import calibrate_
 from .checkpoint import save_checkpoint
 from .finetune import Batch, EpochSampler, TrainData, finetune_
 from .plan import Plan, make_plan
-from .recipe import Calibrate, Finetune, Prune, Recipe, RecipeError
+from .recipe import Recipe, RecipeError
+from .stages import Calibrate, Finetune, Prune
 
 PROGRESS = "progress.json"
 PROVENANCE = "squeezoo_training.json"

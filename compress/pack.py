@@ -20,8 +20,8 @@ from .attach import INPUT_QUANTIZER, compressed_weights, latent_OI, quantizers
 from .packing import compress_nm, expand_nm, index_bits, pack_bits, unpack_bits
 from .plan import Plan, PlannedGemm
 from .quantizers import quantize_int8
-from .recipe import Storage
 from .runtime import QuantizedGemm
+from .stages import Storage
 
 Tensors = dict[str, Tensor]
 

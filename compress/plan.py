@@ -16,7 +16,10 @@ from torch import nn
 from ..models import adapter_for
 from ..models.adapter import Adapter, Gemm, Sites, find_sites
 from .masks import Pattern
-from .recipe import Recipe, Rule
+from .recipe import Recipe
+from .rules import AttentionRule, Rule, Unstructured, parse_sparsity
+
+Quantization = Mapping[str, Any]  # a quantizer record of the recipe as plain data: method, bits, ...
 
 
 class PlanError(ValueError):
@@ -30,7 +33,8 @@ class PlannedGemm:
     Args:
         name: full module name. role, block: from the adapter (block None for the final projection).
         shape: (out_features, in_features). layout, parts: see ``GemmSite``.
-        sparsity: ``N:M`` or None. weight_bits, input_bits: None when that side is not quantized.
+        sparsity: ``N:M``, a share of zeros such as ``50%``, or None.
+        weight, input: the quantizer of that side as plain data (``{"method": "lsq", "bits": 8}``), or None.
         input_owner: the GEMM whose input quantizer this one uses: Q, K and V read the same tensor, so they share one
             scale (LSQ: one scale per activation tensor) and the runtime quantizes that tensor once.
         accelerated: whether a hardware 2:4 kernel can take it; ``reason`` says why not.
@@ -43,11 +47,45 @@ class PlannedGemm:
     layout: str
     parts: int
     sparsity: str | None
-    weight_bits: int | None
-    input_bits: int | None
+    weight: Quantization | None
+    input: Quantization | None
     input_owner: str | None
     accelerated: bool
     reason: str
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """The N:M pattern; None for dense and unstructured GEMMs."""
+        parsed = None if self.sparsity is None else parse_sparsity(self.sparsity)
+        return parsed if isinstance(parsed, Pattern) else None
+
+    @property
+    def unstructured(self) -> Unstructured | None:
+        parsed = None if self.sparsity is None else parse_sparsity(self.sparsity)
+        return parsed if isinstance(parsed, Unstructured) else None
+
+    @property
+    def weight_bits(self) -> int | None:
+        return None if self.weight is None else int(self.weight["bits"])
+
+    @property
+    def input_bits(self) -> int | None:
+        return None if self.input is None else int(self.input["bits"])
+
+
+@dataclass(frozen=True)
+class PlannedAttention:
+    """What happens to one attention map: N of M kept per group of keys, and quantizers of Q, K, P and V."""
+
+    name: str
+    block: int
+    kind: str
+    sparsity: str | None
+    renormalize: bool
+    q: Quantization | None
+    k: Quantization | None
+    p: Quantization | None
+    v: Quantization | None
 
     @property
     def pattern(self) -> Pattern | None:
@@ -55,39 +93,59 @@ class PlannedGemm:
 
 
 @dataclass(frozen=True)
+class PlannedEmbedding:
+    """One embedding table [rows, width] stored, or trained (``q8bert``), as integers with a scale per row or table."""
+
+    name: str
+    rows: int
+    width: int
+    method: str
+    bits: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """All GEMMs that a recipe touches in one model, in model order, and what it leaves alone with the reason."""
+    """All that a recipe touches in one model, in model order, and what it leaves alone with the reason."""
 
     adapter: str
     recipe: str
     gemms: tuple[PlannedGemm, ...]
     skipped: tuple[tuple[str, str], ...] = ()
+    attention: tuple[PlannedAttention, ...] = ()
+    embeddings: tuple[PlannedEmbedding, ...] = ()
+    untied: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        gemms = tuple(PlannedGemm(**{**g, "shape": tuple(g["shape"])}) for g in data["gemms"])
-        skipped = tuple((name, why) for name, why in data["skipped"])
-        return cls(data["adapter"], data["recipe"], gemms, skipped)
+        return cls(
+            data["adapter"],
+            data["recipe"],
+            tuple(PlannedGemm(**{**gemm, "shape": tuple(gemm["shape"])}) for gemm in data["gemms"]),
+            tuple((name, why) for name, why in data["skipped"]),
+            tuple(PlannedAttention(**site) for site in data.get("attention", ())),
+            tuple(PlannedEmbedding(**table) for table in data.get("embeddings", ())),
+            data.get("untied"),
+        )
 
     def summary(self) -> str:
         """What will happen, one line per role, for people."""
         lines = [f"plan: {self.recipe} on {self.adapter}: {len(self.gemms)} GEMMs, {self.weights:,} weights"]
-        groups = Counter((g.role, g.shape, g.sparsity, g.weight_bits, g.input_bits, g.reason) for g in self.gemms)
-        for (role, shape, sparsity, weight, inputs, reason), count in groups.items():
-            what = ", ".join(
-                text
-                for text, present in (
-                    (f"{sparsity} kept", sparsity),
-                    (f"int{weight} weights", weight),
-                    (f"int{inputs} inputs", inputs),
-                )
-                if present
-            )
+        kinds = [(g.role, g.shape, g.sparsity, _words(g.weight), _words(g.input), g.reason) for g in self.gemms]
+        for (role, shape, sparsity, weight, inputs, reason), count in Counter(kinds).items():
+            kept = f"{sparsity} kept" if sparsity and ":" in sparsity else f"{sparsity} zeros" if sparsity else ""
+            what = [kept, f"{weight} weights" if weight else "", f"{inputs} inputs" if inputs else ""]
             note = f"  (no 2:4 kernel: {reason})" if reason else ""
-            lines.append(f"  {count:3d} x {role:<9} [{shape[0]}, {shape[1]}]  {what}{note}")
+            lines.append(f"  {count:3d} x {role:<9} [{shape[0]}, {shape[1]}]  {', '.join(filter(None, what))}{note}")
+        maps = Counter((a.kind, a.sparsity, *(_words(q) for q in (a.q, a.k, a.p, a.v))) for a in self.attention)
+        for (kind, sparsity, *sides), count in maps.items():
+            what = [f"{sparsity} kept" if sparsity else ""]
+            what += [f"{words} {side}" if words else "" for side, words in zip("QKPV", sides, strict=True)]
+            lines.append(f"  {count:3d} x {kind} attention map  {', '.join(filter(None, what))}")
+        lines += [f"  embedding {e.name} [{e.rows}, {e.width}]  int{e.bits} ({e.method})" for e in self.embeddings]
+        lines += [f"  {self.untied} gets a matrix of its own, no longer the embedding"] if self.untied else []
         lines += [f"  left dense: {name}: {why}" for name, why in self.skipped]
         return "\n".join(lines)
 
@@ -111,7 +169,8 @@ def make_plan(model: nn.Module, recipe: Recipe, adapter: Adapter | None = None) 
     planned: list[PlannedGemm] = []
     skipped: list[tuple[str, str]] = []
     owners: dict[tuple[str, str], str] = {}
-    for gemm in (*sites.gemms, *((sites.final,) if sites.final else ())):
+    untied = None
+    for gemm in (*sites.gemms, *getattr(sites, "pooler", ()), *((sites.final,) if sites.final else ())):
         rule = rule_of.get(gemm.role)
         if rule is None:
             continue
@@ -120,17 +179,51 @@ def make_plan(model: nn.Module, recipe: Recipe, adapter: Adapter | None = None) 
         elif gemm.role == "final" and sites.final_tied and not recipe.untie_final_projection:
             skipped.append((gemm.name, "tied to the input embedding; pruning it would prune the embedding"))
         else:
+            untied = gemm.name if gemm.role == "final" and sites.final_tied else untied
             planned.append(_planned(gemm, rule, sites, owners))
-    if recipe.rules and not planned:
+    attention = _planned_attention(recipe.attention, sites)
+    tables = _planned_embeddings(recipe, sites)
+    if (recipe.rules or recipe.attention) and not planned and not attention:
         have = sorted({g.role for g in sites.gemms})
         asked = sorted(rule_of)
         raise PlanError(f"recipe {recipe.name} asks for roles {asked}, this model has {have}: nothing to do")
-    return Plan(adapter.name, recipe.name, tuple(planned), tuple(skipped))
+    return Plan(adapter.name, recipe.name, tuple(planned), tuple(skipped), attention, tables, untied)
+
+
+def _planned_attention(rule: AttentionRule | None, sites: Sites) -> tuple[PlannedAttention, ...]:
+    if rule is None:
+        return ()
+    sides = [None if q is None else q.model_dump(mode="json") for q in (rule.q, rule.k, rule.p, rule.v)]
+    return tuple(
+        PlannedAttention(found.name, found.block, found.kind, rule.sparsity, rule.renormalize, *sides)
+        for found in sites.attention
+        if found.kind in rule.kinds and found.block not in rule.skip_blocks
+    )
+
+
+def _planned_embeddings(recipe: Recipe, sites: Sites) -> tuple[PlannedEmbedding, ...]:
+    rule = recipe.embeddings
+    if rule is None:
+        return ()
+    if not getattr(sites, "embeddings", ()):
+        raise PlanError(f"recipe {recipe.name} asks for int{rule.bits} embeddings; this model has no embedding table")
+    return tuple(
+        PlannedEmbedding(table.name, *table.module.weight.shape, rule.method, rule.bits) for table in sites.embeddings
+    )
+
+
+def _words(quantization: Quantization | None) -> str:
+    """``int8``, or ``int8 (sawb)`` where the method is not the default."""
+    if quantization is None:
+        return ""
+    method = "" if quantization["method"] == "lsq" else f" ({quantization['method']})"
+    return f"int{quantization['bits']}{method}"
 
 
 def _check_blocks(recipe: Recipe, sites: Sites) -> None:
     known = {block.index for block in sites.blocks}
-    for rule in recipe.rules:
+    rules = (*recipe.rules, *((recipe.attention,) if recipe.attention else ()))
+    for rule in rules:
         if unknown := sorted(set(rule.skip_blocks) - known):
             raise PlanError(f"rule skips block {unknown[0]}; this model has blocks 0 to {max(known)}")
 
@@ -149,8 +242,8 @@ def _planned(gemm: Gemm, rule: Rule, sites: Sites, owners: dict[tuple[str, str],
         layout=gemm.layout,
         parts=gemm.parts,
         sparsity=rule.sparsity,
-        weight_bits=rule.weight.bits if rule.weight else None,
-        input_bits=rule.input.bits if rule.input else None,
+        weight=rule.weight.model_dump(mode="json") if rule.weight else None,
+        input=rule.input.model_dump(mode="json") if rule.input else None,
         input_owner=owner,
         accelerated=rule.sparsity == "2:4" and not reason,
         reason=reason,

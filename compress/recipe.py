@@ -10,130 +10,30 @@ import difflib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from ..models.adapter import BLOCK_ROLES, ROLES
 from .masks import Pattern
+from .rules import AttentionRule, EmbeddingRule, Record, Rule, parse_sparsity
+from .stages import Admm, Calibrate, Finetune, Iterative, Prune, SrSte, Stage, Storage, Student
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be found or read, or that contradicts itself."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Quantizer(_Record):
-    """Symmetric integer quantizer with a learned scale (LSQ): per output channel for weights, per tensor for inputs."""
-
-    method: Literal["lsq"] = "lsq"
-    bits: int = Field(8, ge=2, le=8)
-
-
-class Rule(_Record):
-    """What is done to the GEMMs of some roles. ``block`` in ``roles`` stands for every GEMM inside the blocks."""
-
-    roles: tuple[str, ...] = Field(min_length=1)
-    sparsity: str | None = None
-    weight: Quantizer | None = None
-    input: Quantizer | None = None
-    skip_blocks: tuple[int, ...] = ()
-
-    @field_validator("roles")
-    @classmethod
-    def _known_roles(cls, roles: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [role for role in roles if role not in (*ROLES, "block")]
-        if unknown:
-            raise ValueError(f"unknown role {unknown[0]!r}; allowed: block, {', '.join(ROLES)}")
-        return tuple(dict.fromkeys(r for role in roles for r in (BLOCK_ROLES if role == "block" else (role,))))
-
-    @field_validator("sparsity", mode="before")
-    @classmethod
-    def _valid_pattern(cls, text: Any) -> str | None:
-        # Before pydantic's own check: YAML reads an unquoted 2:4 as the number 124, and the parser says so.
-        return None if text is None else str(Pattern.parse(text))
-
-    @model_validator(mode="after")
-    def _inputs_need_weights(self) -> Rule:
-        if self.input is not None and self.weight is None:
-            raise ValueError("input is quantized but weight is not; an integer GEMM needs both: add `weight:`")
-        return self
-
-
-class Prune(_Record):
-    """One-shot magnitude pruning; the masks stay fixed afterwards (ASP, Mishra et al. 2021, section 4)."""
-
-    stage: Literal["prune"]
-    method: Literal["magnitude"] = "magnitude"
-
-
-class Calibrate(_Record):
-    """Initialise the quantizers from ranges (GPUSQ-TLM's PTQ step) and switch them on.
-
-    ``percentile`` None takes the maximum of |x| over ``batches`` batches, else that percentile of |x|.
-    """
-
-    stage: Literal["calibrate"]
-    batches: int = Field(10, ge=1)
-    percentile: float | None = Field(None, gt=0, lt=100)
-
-
-class Distill(_Record):
-    """Mixed distillation of GPUSQ-TLM: ``hard * CE + soft * KL + feature * MSE`` (equations 4-8; factors of Table 5).
-
-    ``teacher``: ``dense`` is the model handed in, ``previous`` the model as the last fine-tuning stage left it.
-    """
-
-    teacher: Literal["dense", "previous"]
-    hard: float = Field(1.0, ge=0)
-    soft: float = Field(10.0, ge=0)
-    feature: float = Field(1.0, ge=0)
-    temperature: float = Field(2.0, gt=0)
-    kl_t_squared: bool = False
-    features: tuple[Literal["attn_out", "block_out"], ...] = ("attn_out", "block_out")
-    labels: bool = True
-
-
-class Finetune(_Record):
-    """Training with whatever is attached by then: masks fixed, quantizers active after a calibrate stage.
-
-    ``precision: bfloat16`` runs the GEMMs in bfloat16 (autocast); weights, scales, optimizer and losses stay float32.
-    """
-
-    stage: Literal["finetune"]
-    epochs: float = Field(gt=0)
-    learning_rate: float = Field(gt=0)
-    batch_size: int = Field(16, ge=1)
-    warmup: float = Field(0.1, ge=0, lt=1)
-    weight_decay: float = Field(0.01, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    precision: Literal["float32", "bfloat16"] = "float32"
-    distill: Distill | None = None
-
-
-Stage = Annotated[Prune | Calibrate | Finetune, Field(discriminator="stage")]
-
-
-class Storage(_Record):
-    """Number formats on disk. ``values``: kept weights of pruned GEMMs that are not quantized; ``other``: matrices that
-    no rule touches (embeddings, heads); vectors (biases, LayerNorm) are always float32."""
-
-    values: Literal["float16", "float32"] = "float16"
-    other: Literal["float16", "float32"] = "float16"
-
-
-class Recipe(_Record):
+class Recipe(Record):
     """A whole compression recipe; see ``recipes/*.yaml`` for the published systems."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     description: str
     source: str
     rules: tuple[Rule, ...] = ()
+    attention: AttentionRule | None = None
+    embeddings: EmbeddingRule | None = None
+    student: Student | None = None
     untie_final_projection: bool = False
     stages: tuple[Stage, ...] = ()
     storage: Storage = Storage()
@@ -146,24 +46,85 @@ class Recipe(_Record):
             if twice := seen.intersection(rule.roles):
                 raise ValueError(f"role {sorted(twice)[0]!r} is claimed by two rules; keep it in one")
             seen.update(rule.roles)
-        kinds: list[str] = [stage.stage for stage in self.stages]
-        sparse = any(rule.sparsity for rule in self.rules)
-        quantized = any(rule.weight for rule in self.rules)
-        for needed, what, kind in ((sparse, "sparsity", "prune"), (quantized, "a quantizer", "calibrate")):
-            if needed and kind not in kinds:
-                raise ValueError(f"a rule asks for {what} but no stage is `{kind}`: add `- stage: {kind}`")
-            if kind in kinds and not needed:
-                raise ValueError(f"stage `{kind}` has nothing to do: no rule asks for {what}")
-            if kinds.count(kind) > 1:
-                raise ValueError(f"stage `{kind}` stands twice; it runs once")
-        first = next((s for s in self.stages if isinstance(s, Finetune)), None)
-        if first is not None and first.distill is not None and first.distill.teacher == "previous":
+        self._check_pruning()
+        self._check_calibration()
+        trained = [stage for stage in self.stages if isinstance(stage, Finetune)]
+        if trained and trained[0].distill is not None and trained[0].distill.teacher == "previous":
             raise ValueError("the first finetune stage has no previous one to learn from: use `teacher: dense`")
+        if self.student is not None and not trained:
+            raise ValueError("a student of fewer blocks must be trained: add a `finetune` stage")
         return self
+
+    def _check_pruning(self) -> None:
+        patterns = [parse_sparsity(rule.sparsity) for rule in self.rules if rule.sparsity]
+        maps = self.attention is not None and self.attention.sparsity is not None
+        prunes = [stage for stage in self.stages if isinstance(stage, Prune)]
+        policies = [stage.policy for stage in self.stages if isinstance(stage, Finetune)]
+        moving = [policy for policy in policies if isinstance(policy, SrSte | Admm | Iterative)]
+        if (patterns and not prunes and not moving) or (maps and not prunes):
+            raise ValueError("a rule asks for sparsity but no stage is `prune`: add `- stage: prune`")
+        if prunes and not patterns and not maps:
+            raise ValueError("stage `prune` has nothing to do: no rule asks for sparsity")
+        if len(prunes) > 1:
+            raise ValueError("stage `prune` stands twice; it runs once")
+        for policy in moving:
+            if not patterns:
+                raise ValueError(f"policy {policy.method} moves masks, but no rule asks for sparsity")
+            if isinstance(policy, SrSte) and not all(isinstance(p, Pattern) for p in patterns):
+                raise ValueError("policy sr_ste needs N:M sparsity in every rule, found an unstructured share")
+            if isinstance(policy, Iterative) and any(isinstance(p, Pattern) for p in patterns):
+                raise ValueError("policy iterative prunes without structure: write a share of zeros such as '70%'")
+
+    def _check_calibration(self) -> None:
+        quantized = any(rule.weight for rule in self.rules) or bool(self.attention and self.attention.quantized)
+        quantized = quantized or bool(self.embeddings and self.embeddings.method == "q8bert")
+        calibrations = [stage for stage in self.stages if isinstance(stage, Calibrate)]
+        if quantized and not calibrations:
+            raise ValueError("a rule asks for a quantizer but no stage is `calibrate`: add `- stage: calibrate`")
+        if calibrations and not quantized:
+            raise ValueError("stage `calibrate` has nothing to do: no rule asks for a quantizer")
+        if calibrations and calibrations[-1].temporary:
+            raise ValueError("the last calibrate stage must name no quantizer, so that the rules' own come last")
+        if any(not stage.temporary for stage in calibrations[:-1]):
+            raise ValueError("stage `calibrate` stands twice; all but the last must name `weight`, `input` or both")
 
     @property
     def needs_training(self) -> bool:
         return any(isinstance(stage, Finetune) for stage in self.stages)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether some stage trains, calibrates on inputs, or prunes by calibration data."""
+        by_input = any(rule.input is not None and rule.input.method != "dynamic" for rule in self.rules)
+        by_input = by_input or bool(self.attention and self.attention.quantized)
+        for stage in self.stages:
+            if isinstance(stage, Finetune) or (isinstance(stage, Calibrate) and by_input):
+                return True
+            if isinstance(stage, Prune) and stage.method in ("wanda", "sparsegpt"):
+                return True
+        return False
+
+    def at(self, index: int) -> Recipe:
+        """The recipe with the quantizers that are in force during stage ``index``: those of the rules, unless the last
+        calibrate stage up to there stands in for them."""
+        stage = next((s for s in reversed(self.stages[: index + 1]) if isinstance(s, Calibrate)), None)
+        if stage is None:
+            stage = next((s for s in self.stages if isinstance(s, Calibrate)), None)
+        if stage is None or not stage.temporary:
+            return self
+        rules = []
+        for rule in self.rules:
+            changes: dict[str, Any] = {}
+            if rule.weight is not None and stage.weight is not None:
+                changes["weight"] = stage.weight
+            if rule.input is not None and stage.input is not None:
+                changes["input"] = stage.input
+            rules.append(rule.model_copy(update=changes))
+        attention = self.attention
+        if attention is not None and stage.attention is not None:
+            maps = {name: getattr(stage.attention, name) for name in ("q", "k", "p", "v")}
+            attention = attention.model_copy(update=maps)
+        return self.model_copy(update={"rules": tuple(rules), "attention": attention})
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Recipe:
@@ -205,16 +166,19 @@ class Recipe(_Record):
         """A copy with the given settings of every finetune stage replaced (``epochs``, ``learning_rate``, ...), or
         ``seed``. The copy keeps the name, since the resolved recipe travels with each checkpoint."""
         data = self.model_dump(mode="json")
+        fixed = ("stage", "distill", "policy", "dropout", "steps")
         for key, value in values.items():
             if key == "seed":
                 data["seed"] = value
                 continue
-            if key not in Finetune.model_fields or key in ("stage", "distill"):
-                allowed = sorted(set(Finetune.model_fields) - {"stage", "distill"})
+            if key not in Finetune.model_fields or key in fixed:
+                allowed = sorted(set(Finetune.model_fields) - set(fixed))
                 raise RecipeError(f"cannot override {key!r}; allowed: seed, {', '.join(allowed)}")
             for stage in data["stages"]:
-                if stage["stage"] == "finetune":
+                if stage["stage"] == "finetune" and not (key == "epochs" and stage["policy"]["method"] == "iterative"):
                     stage[key] = value
+                    if key == "epochs":
+                        stage["steps"] = None
         return Recipe.parse(data, where=f"recipe {self.name} with overrides")
 
 
@@ -228,7 +192,9 @@ def _builtin_folder() -> Path:
 
 
 def _explain(fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"] if part not in ("prune", "calibrate", "finetune")) or "recipe"
+    # A discriminated union puts the chosen member into the location; a user's file has no such key.
+    location = [part for part in fault["loc"] if part not in _MEMBERS]
+    key = ".".join(str(part) for part in location) or "recipe"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         allowed = _fields_at(fault["loc"][:-1])
@@ -241,9 +207,31 @@ def _explain(fault: Any) -> str:
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:
     """The keys allowed at a place of the recipe, for the message about an unknown one."""
-    by_key: dict[str, type[BaseModel]] = {
-        "rules": Rule, "weight": Quantizer, "input": Quantizer, "distill": Distill, "storage": Storage,
-        "prune": Prune, "calibrate": Calibrate, "finetune": Finetune,
-    }  # fmt: skip
-    names = [part for part in location if isinstance(part, str) and part in by_key]
-    return list((by_key[names[-1]] if names else Recipe).model_fields)
+    records: list[type[BaseModel]] = [Recipe]
+    for part in location:
+        field = next((r.model_fields[part] for r in records if part in r.model_fields), None)
+        if field is not None:
+            records = _records(field.annotation) or records
+        else:  # a list index, or the member of a union
+            records = [record for record in records if _tag(record) == part] or records
+    return list(records[0].model_fields)
+
+
+def _records(annotation: Any) -> list[type[BaseModel]]:
+    """The record types inside an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [record for inner in get_args(annotation) for record in _records(inner)]
+
+
+def _tag(record: type[BaseModel]) -> str | None:
+    """The value of ``stage`` or ``method`` that picks this member of a union."""
+    field = record.model_fields.get("stage") or record.model_fields.get("method")
+    return None if field is None else get_args(field.annotation)[0]
+
+
+_MEMBERS = {
+    _tag(record)
+    for field in (*Recipe.model_fields.values(), *Rule.model_fields.values(), *Finetune.model_fields.values())
+    for record in _records(field.annotation)
+} - {None}

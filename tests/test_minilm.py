@@ -8,7 +8,8 @@ from squeezoo.compress.checkpoint import load, save_checkpoint
 from squeezoo.compress.masks import Pattern, check_nm
 from squeezoo.compress.packing import paper_bytes
 from squeezoo.compress.plan import make_plan
-from squeezoo.compress.recipe import Recipe, Storage
+from squeezoo.compress.recipe import Recipe
+from squeezoo.compress.stages import Storage
 from squeezoo.compress.verify import verify
 from squeezoo.models.dense import load_dense, logits
 from squeezoo.models.folders import load_processor

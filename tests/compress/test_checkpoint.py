@@ -12,7 +12,8 @@ from squeezoo.compress.calibrate import calibrate_
 from squeezoo.compress.checkpoint import CheckpointError, check_files, load, load_manifest, save_checkpoint
 from squeezoo.compress.pack import PackError, pack, unpack
 from squeezoo.compress.plan import make_plan
-from squeezoo.compress.recipe import Recipe, Storage
+from squeezoo.compress.recipe import Recipe
+from squeezoo.compress.stages import Storage
 from squeezoo.compress.runtime import int8_supported
 from squeezoo.compress.verify import INT8_TOLERANCE, verify
 from squeezoo.models.dense import logits

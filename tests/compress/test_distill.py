@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from squeezoo.compress.distill import DistillError, feature_loss, hard_loss, mixed_loss, soft_loss
-from squeezoo.compress.recipe import Distill
+from squeezoo.compress.stages import Distill
 
 VECTOR = json.loads((Path(__file__).parents[1] / "vectors" / "distillation.json").read_text())
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from squeezoo.compress.checkpoint import load
 from squeezoo.compress.engine import RunError, compress, train_dense
-from squeezoo.compress.finetune import EpochSampler, TrainData, TrainingError, last_complete_checkpoint
+from squeezoo.compress.finetune import EpochSampler, TrainData, last_complete_checkpoint
+from squeezoo.compress.objective import TrainingError
 from squeezoo.compress.masks import Pattern, check_nm
 from squeezoo.compress.recipe import Recipe, RecipeError
 from squeezoo.models.dense import Dense, load_dense, logits

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import yaml
-from squeezoo.compress.recipe import Finetune, Recipe, RecipeError, recipe_names
+from squeezoo.compress.recipe import Recipe, RecipeError, recipe_names
+from squeezoo.compress.stages import Finetune
 from squeezoo.models.adapter import BLOCK_ROLES
 
 VALID = {
@@ -96,7 +97,7 @@ def test_faults_name_file_key_and_what_is_allowed(tmp_path, edits, message):
 def test_a_missing_key_is_named(tmp_path):
     data = changed()
     del data["stages"][2]["epochs"]
-    with pytest.raises(RecipeError, match=r"stages\.2\.epochs: Field required"):
+    with pytest.raises(RecipeError, match=r"stages\.2: expected either epochs or steps, found neither"):
         Recipe.parse(data)
 
 

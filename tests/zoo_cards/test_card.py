@@ -146,8 +146,9 @@ def test_plan_summary_counts_what_the_plan_says() -> None:
 
     def gemm(role: str, bits: int | None, accelerated: bool) -> PlannedGemm:
         return PlannedGemm(
-            name=role, role=role, block=0, shape=(8, 16), layout="out_in", parts=1, sparsity="2:4", weight_bits=8,
-            input_bits=bits, input_owner=None, accelerated=accelerated, reason="",
+            name=role, role=role, block=0, shape=(8, 16), layout="out_in", parts=1, sparsity="2:4",
+            weight={"method": "lsq", "bits": 8}, input=None if bits is None else {"method": "lsq", "bits": bits},
+            input_owner=None, accelerated=accelerated, reason="",
         )  # fmt: skip
 
     summary = PlanSummary.of(Plan("bert", "r", (gemm("q", 8, True), gemm("final", None, False))))
