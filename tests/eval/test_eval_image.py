@@ -33,13 +33,14 @@ def _parquet(folder: Path, columns: dict[str, Any]) -> Path:
 
 
 def test_digits_split() -> None:
-    """scikit-learn documents 1,797 images, 178 182 177 183 181 182 181 179 174 180 per class; a fifth of each, rounded
-    down, is test. Together the parts are the whole set, and no image is in both."""
+    """scikit-learn documents 1,797 images, 178 182 177 183 181 182 181 179 174 180 per class; the 5th, 10th, ... of each
+    are validation, the 2nd, 7th, ... test. Together the parts are the whole set, and no image is in two of them."""
     whole = np.array([178, 182, 177, 183, 181, 182, 181, 179, 174, 180])
     parts = {split: DIGITS.rows(split, None) for split in DIGITS.splits}
     counts = {split: np.bincount([row["label"] for row in rows]) for split, rows in parts.items()}
-    assert counts["test"].tolist() == (whole // 5).tolist()
-    assert (counts["train"] + counts["test"]).tolist() == whole.tolist()
+    assert counts["validation"].tolist() == (whole // 5).tolist()
+    assert counts["test"].tolist() == ((whole + 3) // 5).tolist()
+    assert sum(counts.values()).tolist() == whole.tolist()
     assert {split: len(rows) for split, rows in parts.items()} == dict(zip(DIGITS.splits, DIGITS.sizes))
     places = [row["where"] for rows in parts.values() for row in rows]
     assert len(set(places)) == 1797
@@ -58,7 +59,7 @@ def test_digits_pixels() -> None:
     assert first.shape == (1, 8, 8)
     torch.testing.assert_close(first[0], torch.from_numpy(rows[0]["image"]).float() / 8 - 1)
     assert features[0]["labels"] == rows[0]["label"]
-    assert len(features) == 355
+    assert len(features) == 362
     assert [f["labels"] for f in features[350:]] == [row["label"] for row in rows[350:]]
 
 

@@ -117,11 +117,11 @@ def test_score_carries_its_conditions(tmp_path: Path) -> None:
 
 
 def test_images_are_complete_unless_limited() -> None:
-    """digits has 355 test rows; the model itself says its image size."""
+    """digits has 362 test rows; the model itself says its image size."""
     model = tiny_timm_vit()
     model.head = nn.Linear(32, 10)
     (whole,) = evaluate(model, "digits", None)
-    assert (whole.samples, whole.complete, whole.settings) == (355, True, {})
+    assert (whole.samples, whole.complete, whole.settings) == (362, True, {})
     (part,) = evaluate(model, "digits", None, limit=50)
     assert (part.samples, part.complete) == (50, False)
     assert evaluate(model, "digits", None, limit=10_000) == (whole,)
