@@ -12,11 +12,23 @@ from importlib.metadata import EntryPoint, entry_points
 
 from torch import nn
 
-from .adapter import Adapter, AdapterError, AttentionSite, GemmSite, Sites, find_sites
-from .bert import BERT
-from .vit import TIMM_VIT, VIT
+from .adapter import Adapter, AttentionSite, GemmSite, Permutable, Sites, find_sites
+from .bart import BART
+from .bert import BERT, DISTILBERT, ROBERTA
+from .errors import AdapterError
+from .fairseq import FAIRSEQ_BART, FAIRSEQ_WAV2VEC2
+from .gpt2 import GPT2
+from .llama import LLAMA
+from .megatron import MEGATRON_GPT
+from .opt import OPT
+from .torchvision_guard import ensure_torchvision_importable
+from .vit import DINOV2, TIMM_VIT, VIT
+from .wav2vec2 import WAV2VEC2
 
-ADAPTERS: tuple[Adapter, ...] = (BERT, VIT, TIMM_VIT)
+ADAPTERS: tuple[Adapter, ...] = (
+    BERT, ROBERTA, DISTILBERT, OPT, GPT2, LLAMA, BART, VIT, DINOV2, TIMM_VIT, WAV2VEC2,
+    FAIRSEQ_BART, FAIRSEQ_WAV2VEC2, MEGATRON_GPT,
+)  # fmt: skip
 ENTRY_POINT_GROUP = "squeezoo.adapters"
 
 __all__ = [
@@ -26,8 +38,10 @@ __all__ = [
     "AdapterError",
     "AttentionSite",
     "GemmSite",
+    "Permutable",
     "Sites",
     "adapter_for",
+    "adapter_named",
     "all_adapters",
     "find_sites",
     "model_type_of",
@@ -65,12 +79,15 @@ def model_type_of(model: nn.Module) -> str:
 
 
 def adapter_for(model: nn.Module) -> Adapter:
-    """The adapter that serves the model's type.
+    """The adapter that serves the model's type. Plug-ins are imported only for a type that no built-in adapter serves.
 
     Raises:
         AdapterError: none does; the message names the known types and how to add one.
     """
     model_type = model_type_of(model)
+    built_in = next((adapter for adapter in ADAPTERS if model_type in adapter.model_types), None)
+    if built_in is not None:
+        return built_in
     known = {kind: adapter for adapter in all_adapters().values() for kind in adapter.model_types}
     if model_type not in known:
         raise AdapterError(
@@ -81,12 +98,31 @@ def adapter_for(model: nn.Module) -> Adapter:
     return known[model_type]
 
 
+def adapter_named(name: str) -> Adapter:
+    """The adapter of that name. Plug-ins are imported only for a name that no built-in adapter has.
+
+    Raises:
+        AdapterError: there is none; the message names the known ones.
+    """
+    built_in = next((adapter for adapter in ADAPTERS if adapter.name == name), None)
+    if built_in is not None:
+        return built_in
+    known = all_adapters()
+    if name not in known:
+        raise AdapterError(
+            f"no adapter is named {name!r}. Known: {', '.join(known)}. A checkpoint of a plug-in's architecture needs "
+            f"the package that has the plug-in."
+        )
+    return known[name]
+
+
 def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else "unknown"
 
 
 def _load(point: EntryPoint) -> Adapter:
     where = f"entry point `{point.name} = {point.value}` of package {_package(point)} (group {ENTRY_POINT_GROUP})"
+    ensure_torchvision_importable()  # a plug-in may import transformers, as its own models do
     try:
         adapter = point.load()
     except Exception as error:  # another package's code: anything may come, and it must be named

@@ -1,153 +1,47 @@
-"""What a model is made of, as data: its GEMMs, its attention maps, its blocks.
+"""What a model is made of: ``find_sites`` looks an adapter's GEMMs, attention maps, tables and blocks up in a model.
 
-An ``Adapter`` describes a family of architectures by module names; ``find_sites`` looks them up in one model.
-Patterns are regular expressions matched to the end (``re.fullmatch``). ``block`` is matched against module names of the
-whole model and has exactly one group, the block index; all other patterns are relative to the block, except
-``final_projection``, which is relative to the model.
+The records are in ``record.py``, what is found in ``sites.py``. All is checked, and nothing here changes a model.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import AdapterError, library_note, matches_nothing
-from .linear import features, layout_of, only_dropout_beside, tied_to_embedding
+from .linear import features, layout_of, nothing_beside, tied_to_embedding
+from .record import (
+    BLOCK_ROLES,
+    ONE_KIND,
+    ROLES,
+    Adapter,
+    AttentionSite,
+    GemmSite,
+    Layout,
+    Permutable,
+    Role,
+    check_record,
+)
+from .sites import AttentionMap, Block, Gemm, Sites, Table
 
-Role = Literal[
-    "q", "k", "v", "qkv", "attn_out",
-    "cross_q", "cross_k", "cross_v", "cross_out",
-    "ffn_up", "ffn_gate", "ffn_down",
-    "final",
-]  # fmt: skip
-Layout = Literal["out_in", "in_out"]
-ROLES: tuple[str, ...] = get_args(Role)
-BLOCK_ROLES: tuple[str, ...] = tuple(role for role in ROLES if role != "final")
-
-
-@dataclass(frozen=True)
-class GemmSite:
-    """One weight matrix of a block.
-
-    Args:
-        pattern: module name relative to the block, e.g. ``attention.self.query``.
-        role: what the matrix is; recipes speak of roles only.
-        layout: ``out_in`` for ``nn.Linear`` ([out_features, in_features]), ``in_out`` for GPT-2's ``Conv1D``.
-        parts: 3 when the rows hold Q, K and V one after the other; per-tensor quantizers treat them as three tensors.
-    """
-
-    pattern: str
-    role: Role
-    layout: Layout = "out_in"
-    parts: Literal[1, 3] = 1
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """One attention map (softmax of Q K^T) of a block: the module, relative to the block, that computes it."""
-
-    pattern: str
-    kind: Literal["self", "cross"] = "self"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """One architecture family.
-
-    Args:
-        name: unique, lower case.
-        model_types: ``config.model_type`` values (transformers) or ``timm.<ClassName>`` that it serves.
-        library: requirement string of the versions its names were checked against, e.g. ``transformers>=5.10,<6``.
-        block: regular expression of a transformer block's full module name, one group = its index.
-        gemms, attention: the sites of one block.
-        final_projection: full module name(s) of the last projection (LM head, QA or classification head), or None.
-        per_block: number of GEMMs in each block; checked.
-        activation: the element-wise module between ``ffn_up`` and ``ffn_down``, relative to the block, when nothing
-            else stands between the two in evaluation mode; the runtime then fuses the three.
-        left_dense: linears of a block that are no GEMM site on purpose. Any other linear that no pattern claims is an
-            error, so that no matrix is left out by oversight.
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    library: str
-    block: str
-    gemms: tuple[GemmSite, ...]
-    attention: tuple[AttentionSite, ...]
-    final_projection: str | None
-    per_block: int
-    activation: str | None = None
-    left_dense: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Gemm:
-    """One weight matrix found in a model.
-
-    Args:
-        name: full module name.
-        module: the live module, an ``nn.Linear`` or a ``Conv1D``, parametrized or not.
-        block: index of its block, None for the final projection.
-        layout, parts, role: as in the `GemmSite`.
-        out_features, in_features: the shape of `weight_OI`.
-    """
-
-    name: str
-    module: nn.Module = field(repr=False)
-    role: str
-    block: int | None
-    layout: Layout
-    parts: int
-    out_features: int
-    in_features: int
-
-    @property
-    def weight_OI(self) -> Tensor:
-        """The weight as [out_features, in_features]: a view of it, or of what its parametrization yields now."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight if self.layout == "out_in" else weight.t()
-
-
-@dataclass(frozen=True)
-class AttentionMap:
-    """One attention map found in a model: the module that computes it, full name, block index."""
-
-    name: str
-    module: nn.Module = field(repr=False)
-    block: int
-    kind: str
-
-
-@dataclass(frozen=True)
-class Block:
-    """One repeated transformer unit. ``activation`` is the full name of the module that alone stands between ``ffn_up``
-    and ``ffn_down`` in evaluation mode, or None where something else stands there too."""
-
-    index: int
-    name: str
-    module: nn.Module = field(repr=False)
-    activation: str | None
-
-
-@dataclass(frozen=True)
-class Sites:
-    """All sites of one model, in model order.
-
-    ``gemms`` are those of the blocks; ``final`` is the last projection, None for a bare backbone; ``final_tied`` tells
-    that its weight is also an input embedding.
-    """
-
-    adapter: Adapter
-    blocks: tuple[Block, ...]
-    gemms: tuple[Gemm, ...]
-    attention: tuple[AttentionMap, ...]
-    final: Gemm | None
-    final_tied: bool
+__all__ = [
+    "BLOCK_ROLES",
+    "ROLES",
+    "Adapter",
+    "AttentionMap",
+    "AttentionSite",
+    "Block",
+    "Gemm",
+    "GemmSite",
+    "Layout",
+    "Permutable",
+    "Role",
+    "Sites",
+    "Table",
+    "find_sites",
+]
 
 
 def find_sites(model: nn.Module, adapter: Adapter) -> Sites:
@@ -156,39 +50,57 @@ def find_sites(model: nn.Module, adapter: Adapter) -> Sites:
     Works on dense and on attached (parametrized) models, with or without a head.
 
     Raises:
-        AdapterError: a pattern matches nothing or is no regular expression, two patterns claim one module, a layout
-            contradicts the module's class, a fused QKV matrix cannot be cut in three, a block has the wrong number of
-            GEMMs, a linear of a block is claimed by no pattern, or there is no block at all.
+        AdapterError: patterns match nothing (all of them are listed) or are no regular expressions, two patterns claim
+            one module, a layout contradicts the module's class, a fused QKV matrix cannot be cut in three, a block has
+            the wrong number of GEMMs or attention maps, a linear of a block is claimed by no pattern, or there is no
+            block at all.
     """
-    _check_record(adapter)
+    check_record(adapter)
     modules = dict(model.named_modules())
-    found = [(int(m[1]), name) for name in modules if (m := re.fullmatch(adapter.block, name)) and m[1].isdecimal()]
-    if not found:
-        raise matches_nothing(adapter.name, adapter.library, "block", adapter.block, modules)
-    inside = {name: _children(name, modules) for _, name in found}
-    names = list(dict.fromkeys(child for children in inside.values() for child in children))
-    wanted = [("GEMM", site.pattern) for site in adapter.gemms]
-    wanted += [("attention", site.pattern) for site in adapter.attention]
-    wanted += [("activation", adapter.activation)] if adapter.activation is not None else []
-    for kind, pattern in wanted:
-        if not any(re.fullmatch(pattern, child) for child in names):
-            raise matches_nothing(adapter.name, adapter.library, kind, pattern, names)
+    found = _numbered_blocks(adapter, modules)
+    inside = {name: _children(name, modules) for _, name, _ in found}
+    _check_patterns(adapter, modules, inside)
 
     blocks, gemms, attention = [], [], []
-    for index, name in found:
+    for index, name, kind in found:
         children = inside[name]
-        in_block = _block_gemms(adapter, index, name, children)
+        in_block = _block_gemms(adapter, index, name, kind, children)
         gemms += in_block
-        attention += [
-            AttentionMap(f"{name}.{child}", module, index, site.kind)
-            for child, module in children.items()
-            for site in adapter.attention
-            if re.fullmatch(site.pattern, child)
-        ]
-        blocks.append(Block(index, name, modules[name], _lone_activation(adapter, name, children, in_block)))
+        attention += _block_attention(adapter, index, name, children, in_block)
+        activation = _lone_activation(adapter, name, children, in_block)
+        permutable = tuple(p for p in adapter.permutable if _holds(p, children, in_block))
+        blocks.append(Block(index, name, modules[name], activation, kind, permutable))
     final = _final(adapter, modules)
     tied = final is not None and tied_to_embedding(model, final.module)
-    return Sites(adapter, tuple(blocks), tuple(gemms), tuple(attention), final, tied)
+    pooler = [(name, modules[name]) for name in _matches(adapter.pooler, modules)]
+    return Sites(
+        adapter, tuple(blocks), tuple(gemms), tuple(attention), final, tied,
+        tuple(_outside(name, module, "pooler") for name, module in pooler if not isinstance(module, nn.Identity)),
+        tuple(Table(name, modules[name]) for name in _matches(adapter.embeddings, modules)),
+    )  # fmt: skip
+
+
+def _numbered_blocks(adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[tuple[int, str, str]]:
+    """(index, name, kind) of every block in model order; indices of a kind start after those of the kinds before it."""
+    found: list[tuple[int, str, str]] = []
+    for name in modules:
+        if match := re.fullmatch(adapter.block, name):
+            kind = match.groupdict().get("kind", ONE_KIND)
+            number = next(
+                text for place, text in enumerate(match.groups(), 1) if place != match.re.groupindex.get("kind")
+            )
+            if number is not None and number.isdecimal():
+                found.append((int(number), name, kind))
+    if unknown := {kind for *_, kind in found} - set(adapter.kinds):
+        raise AdapterError(
+            f"adapter {adapter.name!r}: the block pattern {adapter.block!r} finds blocks of kind "
+            f"{sorted(unknown)[0]!r}, per_block knows {', '.join(adapter.kinds)}"
+        )
+    start, starts = 0, {}
+    for kind in adapter.kinds:
+        starts[kind] = start
+        start += max((index + 1 for index, _, of in found if of == kind), default=0)
+    return [(starts[kind] + index, name, kind) for index, name, kind in found]
 
 
 def _children(block: str, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -196,32 +108,33 @@ def _children(block: str, modules: Mapping[str, nn.Module]) -> dict[str, nn.Modu
     return {name.removeprefix(f"{block}."): m for name, m in modules.items() if name.startswith(f"{block}.")}
 
 
-def _check_record(adapter: Adapter) -> None:
-    """What can be wrong with the record itself."""
-    patterns = [site.pattern for site in adapter.gemms] + [site.pattern for site in adapter.attention]
-    patterns += [adapter.block, adapter.final_projection or "", adapter.activation or "", *adapter.left_dense]
-    for pattern in patterns:
-        try:
-            compiled = re.compile(pattern)
-        except re.error as error:
-            raise AdapterError(
-                f"adapter {adapter.name!r}: {pattern!r} is no regular expression: {error}. A literal dot is written \\."
-            ) from None
-        if pattern == adapter.block and compiled.groups != 1:
-            raise AdapterError(
-                f"adapter {adapter.name!r}: the block pattern {pattern!r} has {compiled.groups} groups, expected "
-                f"exactly one, the block index: write (\\d+) for the index and (?:...) for every other group."
-            )
-    for site in adapter.gemms:
-        for value, allowed in ((site.role, BLOCK_ROLES), (site.layout, get_args(Layout)), (site.parts, (1, 3))):
-            if value not in allowed:
-                raise AdapterError(
-                    f"adapter {adapter.name!r}: site {site.pattern!r} says {value!r}, allowed is one of "
-                    f"{', '.join(map(str, allowed))}"
-                )
+def _check_patterns(
+    adapter: Adapter, modules: Mapping[str, nn.Module], inside: Mapping[str, Mapping[str, nn.Module]]
+) -> None:
+    """Every pattern that must be somewhere is there; all that are not are named in one error, each with the nearest
+    names that no other pattern has."""
+    in_blocks = {child: module for children in inside.values() for child, module in children.items()}
+    wanted: list[tuple[str, str, Mapping[str, nn.Module]]] = []
+    if inside:
+        wanted += [("GEMM", site.pattern, in_blocks) for site in adapter.gemms]
+        wanted += [("attention", site.pattern, in_blocks) for site in adapter.attention]
+        wanted += [("activation", adapter.activation, in_blocks)] if adapter.activation is not None else []
+    wanted += [("embeddings", adapter.embeddings, modules)] if adapter.embeddings is not None else []
+    claimed = {name for _, pattern, names in wanted for name in _matches(pattern, names)}
+    lost = []
+    for kind, pattern, names in wanted:
+        if not _matches(pattern, names):
+            free = [name for name in names if name not in claimed]
+            linears = [name for name in free if layout_of(names[name])]
+            lost.append((kind, pattern, linears if kind == "GEMM" and linears else free))
+    if not inside:  # and then the patterns inside a block cannot be tried
+        numbered = [name for name in modules if name.rpartition(".")[2] == "0"]
+        lost.insert(0, ("block", adapter.block, numbered or [*modules]))
+    if lost:
+        raise matches_nothing(adapter.name, adapter.library, lost)
 
 
-def _block_gemms(adapter: Adapter, index: int, block: str, children: Mapping[str, nn.Module]) -> list[Gemm]:
+def _block_gemms(adapter: Adapter, index: int, block: str, kind: str, children: Mapping[str, nn.Module]) -> list[Gemm]:
     """GEMMs of one block, each claimed by exactly one pattern, as many as the adapter says."""
     gemms, forgotten = [], []
     for child, module in children.items():
@@ -235,14 +148,39 @@ def _block_gemms(adapter: Adapter, index: int, block: str, children: Mapping[str
             gemms.append(_gemm(f"{block}.{child}", module, claims[0], index))
         elif layout_of(module) and not any(re.fullmatch(pattern, child) for pattern in adapter.left_dense):
             forgotten.append(child)
-    if len(gemms) != adapter.per_block or forgotten:
+    expected = adapter.kinds[kind]
+    if len(gemms) != expected or forgotten:
         missing = [site.pattern for site in adapter.gemms if not any(re.fullmatch(site.pattern, c) for c in children)]
-        message = f"adapter {adapter.name!r}: block `{block}` has {len(gemms)} GEMMs, expected {adapter.per_block}"
+        message = f"adapter {adapter.name!r}: block `{block}` has {len(gemms)} GEMMs, expected {expected}"
         message += f"; no module matches {', '.join(map(repr, missing))}" if missing else ""
         if forgotten:
             message += f"; no pattern claims {', '.join(forgotten)}: add a GemmSite or name it in left_dense"
         raise AdapterError(f"{message}. {library_note(adapter.library)}.")
     return gemms
+
+
+def _block_attention(
+    adapter: Adapter, index: int, block: str, children: Mapping[str, nn.Module], gemms: Iterable[Gemm]
+) -> list[AttentionMap]:
+    """Attention maps of one block: one of each kind that its GEMMs belong to, where the record declares that kind."""
+    found = []
+    for site in adapter.attention:
+        for child in _innermost(name for name in children if re.fullmatch(site.pattern, name)):
+            module = children[child]
+            head_dim = next((getattr(module, name) for name in site.head_dim if hasattr(module, name)), None)
+            found.append(AttentionMap(f"{block}.{child}", module, index, site.kind, head_dim))
+    roles = {gemm.role for gemm in gemms}
+    for kind, projections in (("self", {"q", "qkv"}), ("cross", {"cross_q"})):
+        declared = [site.pattern for site in adapter.attention if site.kind == kind]
+        maps = [entry.name for entry in found if entry.kind == kind]
+        expected = 1 if roles & projections else 0
+        if declared and len(maps) != expected:
+            raise AdapterError(
+                f"adapter {adapter.name!r}: block `{block}` has {len(maps)} {kind}-attention maps "
+                f"({', '.join(maps) or 'none'}), expected {expected} by its {'/'.join(sorted(projections))} GEMMs; the "
+                f"patterns are {', '.join(map(repr, declared))}. {library_note(adapter.library)}."
+            )
+    return found
 
 
 def _gemm(name: str, module: nn.Module, site: GemmSite, block: int | None) -> Gemm:
@@ -268,25 +206,52 @@ def _lone_activation(
     child = next((child for child in children if re.fullmatch(adapter.activation, child)), None)
     if child is None or set(ffn) != {"ffn_up", "ffn_down"} or ffn["ffn_up"].out_features != ffn["ffn_down"].in_features:
         return None
-    linears = {gemm.name.removeprefix(f"{block}.") for gemm in ffn.values()}
-    return f"{block}.{child}" if only_dropout_beside(child, children, linears) else None
+    harmless = {gemm.name.removeprefix(f"{block}.") for gemm in ffn.values()}
+    harmless |= {name for name in children if any(re.fullmatch(p, name) for p in adapter.beside_activation)}
+    return f"{block}.{child}" if nothing_beside(child, children, harmless) else None
+
+
+def _holds(entry: Permutable, children: Mapping[str, nn.Module], gemms: Iterable[Gemm]) -> bool:
+    """Whether a permutation that the record allows is right in this block: nothing in between, and shapes that fit."""
+    if entry.unless is not None and any(
+        re.fullmatch(entry.unless, child) and not isinstance(module, nn.Identity) for child, module in children.items()
+    ):
+        return False
+    by_role: dict[str, list[Gemm]] = {}
+    for gemm in gemms:
+        by_role.setdefault(gemm.role, []).append(gemm)
+    if any(len(by_role.get(role, [])) != 1 for role in (entry.consumer_role, *entry.producer_roles)):
+        return False
+    columns = by_role[entry.consumer_role][0].in_features
+    rows = [by_role[role][0].out_features // by_role[role][0].parts for role in entry.producer_roles]
+    # With grouped heads several heads of the consumer share the rows of one V head.
+    return all(columns == count if entry.within == "all" else columns % count == 0 for count in rows)
 
 
 def _final(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Gemm | None:
     """The last projection, if this model has one: a backbone has none, timm puts an ``nn.Identity`` in its place."""
-    if adapter.final_projection is None:
-        return None
-    names = [
-        name
-        for name, module in modules.items()
-        if re.fullmatch(adapter.final_projection, name) and not isinstance(module, nn.Identity)
-    ]
+    matches = _matches(adapter.final_projection, modules)
+    names = [name for name in _innermost(matches) if not isinstance(modules[name], nn.Identity)]
+    names = [name for name in names if getattr(modules[name], "weight", True) is not None]  # Megatron: the embedding's
     if len(names) > 1:
         raise AdapterError(
             f"adapter {adapter.name!r}: final_projection {adapter.final_projection!r} matches {', '.join(names)}, "
             f"expected one module or none: make the pattern narrower."
         )
-    if not names:
-        return None
-    layout: Layout = "in_out" if layout_of(modules[names[0]]) == "in_out" else "out_in"
-    return _gemm(names[0], modules[names[0]], GemmSite(adapter.final_projection, "final", layout), None)
+    return _outside(names[0], modules[names[0]], "final") if names else None
+
+
+def _outside(name: str, module: nn.Module, role: Role) -> Gemm:
+    """A linear outside the blocks, in whichever layout its class has."""
+    layout: Layout = "in_out" if layout_of(module) == "in_out" else "out_in"
+    return _gemm(name, module, GemmSite(re.escape(name), role, layout), None)
+
+
+def _matches(pattern: str | None, names: Iterable[str]) -> list[str]:
+    return [] if pattern is None else [name for name in names if re.fullmatch(pattern, name)]
+
+
+def _innermost(names: Iterable[str]) -> list[str]:
+    """Without those that contain another one: RoBERTa's ``classifier`` is the container of ``classifier.out_proj``."""
+    names = list(names)
+    return [name for name in names if not any(other.startswith(f"{name}.") for other in names)]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .errors import DenseError
+from .kinds import class_named
 from .torchvision_guard import ensure_torchvision_importable
 
 
@@ -30,7 +31,8 @@ def library_of(model: nn.Module) -> str:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """``{"library", "class", "config"}``, plain JSON without weights and without paths, from which `build` rebuilds.
+    """``{"library", "class", "config"}``, plain JSON without weights and without paths, from which `build` rebuilds; of
+    a model that generates text also ``generation``, how it does that.
 
     For timm, ``config`` holds ``architecture``, ``num_classes``, ``model_args`` and ``pretrained_cfg``; the arguments
     are those that `timm_model_args` finds, and what they give is compared with the model.
@@ -47,6 +49,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
     else:
         config = _describe_timm(model)
     description = {"library": library, "class": type(model).__name__, "config": config}
+    if library == "transformers" and model.can_generate():  # type: ignore[operator]
+        generation = json.loads(model.generation_config.to_json_string(use_diff=True))  # type: ignore[union-attr, operator]
+        description["generation"] = {key: value for key, value in generation.items() if key != "transformers_version"}
     if library == "timm":
         _check_shapes(model, description)
     return description
@@ -64,6 +69,10 @@ def build(description: Mapping[str, Any]) -> nn.Module:
     """
     make, tie = _maker(description)
     model = _with_empty_parameters(make)
+    if "generation" in description:
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_dict(description["generation"])  # type: ignore[assignment]
     _materialize_(model)
     if tie:
         model.tie_weights()  # type: ignore[operator]
@@ -109,11 +118,7 @@ def _maker(description: Mapping[str, Any]) -> tuple[Callable[[], nn.Module], boo
     except (KeyError, TypeError):
         raise DenseError(f"a model description has the keys library, class, config; found {description!r}") from None
     if library == "transformers":
-        import transformers
-
-        model_class = getattr(transformers, class_name, None)
-        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-            raise DenseError(f"transformers {transformers.__version__} has no model class {class_name!r}")
+        model_class = class_named(class_name, config.get("model_type"))
         config_class: Any = model_class.config_class
         made_config = config_class.from_dict(config)
         return lambda: model_class(made_config), True

@@ -28,7 +28,9 @@ def brief(error: Exception) -> str:
 
 def nearest(pattern: str, names: Iterable[str], count: int = 3) -> str:
     """The names most like ``pattern``, for an error message: ``a, b, c``, or a plain statement that there are none."""
-    plain = re.sub(r"\\(.)|[()?^$]", lambda m: m.group(1) or "", pattern)  # read the regular expression as a name
+    # Read the regular expression as a name: any number is 0, groups lose their marks.
+    plain = re.sub(r"\\d\+|\(\?(?:P<\w+>|:)", lambda m: "0" if m.group().startswith("\\") else "", pattern)
+    plain = re.sub(r"\\(.)|[()?^$]", lambda m: m.group(1) or "", plain)
     close = get_close_matches(plain, list(dict.fromkeys(names)), n=count, cutoff=0.3)
     return ", ".join(close) if close else "no similar name"
 
@@ -44,9 +46,10 @@ def library_note(requirement: str) -> str:
     return f"{installed}, the names were checked against {requirement}"
 
 
-def matches_nothing(adapter: str, library: str, kind: str, pattern: str, names: Iterable[str]) -> AdapterError:
-    """The error for a pattern that no module name fits; ``names`` are those it was tried on."""
-    return AdapterError(
-        f"adapter {adapter!r}: the {kind} pattern {pattern!r} matches no module. Nearest names: "
-        f"{nearest(pattern, names)}. {library_note(library)}."
-    )
+def matches_nothing(adapter: str, library: str, lost: Iterable[tuple[str, str, Iterable[str]]]) -> AdapterError:
+    """The error for patterns that no module name fits: (kind, pattern, names it was tried on) of each of them."""
+    each = [
+        f"the {kind} pattern {pattern!r} matches no module, nearest names: {nearest(pattern, names)}"
+        for kind, pattern, names in lost
+    ]
+    return AdapterError(f"adapter {adapter!r}: {'; '.join(each)}. {library_note(library)}.")

@@ -5,38 +5,47 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .describe import describe, library_of, timm_model_args
 from .errors import LIBRARY_ERRORS, DenseError, brief, nearest
+from .gguf import gguf_file, read_gguf
+from .kinds import TIMM_KINDS, load_plugins, model_class, set_labels_
+from .linear import layout_of
+from .processor import load_processor, pad_with_end_
 from .quiet import quiet
 from .torchvision_guard import ensure_torchvision_importable
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "vocab.json",
-    "tokenizer.model",
-    "spiece.model",
-)
+
+@dataclass(frozen=True)
+class Read:
+    """What a model folder holds, and the names of parameters that it does not hold and that are new."""
+
+    model: nn.Module
+    processor: Any
+    library: str
+    new: tuple[str, ...] = ()
 
 
-def read_folder(folder: Path, kind: str, num_labels: int | None, seed: int) -> tuple[nn.Module, Any, str]:
-    """(model, processor, library) of a model folder; see `load_dense`.
+def read_folder(folder: Path, kind: str, num_labels: int | None, seed: int) -> Read:
+    """The model and processor of a model folder; see `load_dense`.
 
     Raises:
         DenseError: no config.json, a config of neither library, no safetensors weights, weights that do not fit.
     """
     ensure_torchvision_importable()
+    if (gguf := gguf_file(folder)) is not None:
+        return _reading(folder, seed, lambda: Read(*read_gguf(gguf, kind, num_labels), "transformers"))
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise DenseError(f"{folder} is no model folder: expected config.json, found {_listing(folder)}")
@@ -53,40 +62,9 @@ def read_folder(folder: Path, kind: str, num_labels: int | None, seed: int) -> t
         )
     if not isinstance(config, dict) or not {"architecture", "model_type"} & config.keys():
         raise DenseError(f"{config_file} has neither `model_type` (transformers) nor `architecture` (timm)")
-    try:
-        with seeded(seed), quiet():
-            if "architecture" in config:
-                return _read_timm(folder, config, kind, num_labels), None, "timm"
-            return (*_read_transformers(folder, kind, num_labels), "transformers")
-    except DenseError:
-        raise
-    except (*LIBRARY_ERRORS, SafetensorError, OSError, KeyError) as error:
-        raise DenseError(f"{folder} does not load: {brief(error)}") from error
-
-
-def load_processor(folder: str | os.PathLike[str]) -> Any:
-    """The tokenizer or image processor of a dense or compressed model folder; None where it has none (timm).
-
-    Raises:
-        DenseError: no such folder, or files in it that transformers cannot read.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DenseError(f"no folder {folder}: expected one with a tokenizer or an image processor")
-    ensure_torchvision_importable()
-    import transformers as hf
-
-    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        kind: Any = hf.AutoTokenizer
-    elif (folder / "preprocessor_config.json").is_file():
-        kind = hf.AutoImageProcessor
-    else:
-        return None
-    try:
-        with quiet():
-            return kind.from_pretrained(folder, trust_remote_code=False)
-    except (*LIBRARY_ERRORS, OSError, KeyError) as error:
-        raise DenseError(f"the processor files in {folder} do not load: {brief(error)}") from error
+    if "architecture" in config:
+        return _reading(folder, seed, lambda: _read_timm(folder, config, kind, num_labels))
+    return _reading(folder, seed, lambda: _read_transformers(folder, config, kind, num_labels))
 
 
 def save_dense(model: nn.Module, processor: Any, directory: str | os.PathLike[str]) -> None:
@@ -101,9 +79,11 @@ def save_dense(model: nn.Module, processor: Any, directory: str | os.PathLike[st
             `describe`), or ``directory`` holds something else.
     """
     library = library_of(model)
-    attached = next((name for name, _ in model.named_parameters() if ".parametrizations." in name), None)
+    attached = next((name for name, module in model.named_modules() if _is_attached(module)), None)
     if attached is not None:
-        raise DenseError(f"the model is still attached ({attached}): fold it before it is saved as a dense model")
+        raise DenseError(
+            f"the model is still attached ({attached}.parametrizations): fold it before it is saved as a dense model"
+        )
     describe(model)  # a model that could not be rebuilt is refused here, before anything is written
     target = Path(directory).absolute()
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / "config.json").is_file())):
@@ -154,6 +134,11 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def _is_attached(module: nn.Module) -> bool:
+    """Matrices and tables only: Wav2vec2's positional convolution is parametrized by its own weight norm."""
+    return is_parametrized(module, "weight") and (isinstance(module, nn.Embedding) or bool(layout_of(module)))
+
+
 def _write(model: nn.Module, processor: Any, folder: Path, library: str) -> None:
     if library == "transformers":
         model.save_pretrained(folder)  # type: ignore[operator]
@@ -165,9 +150,22 @@ def _write(model: nn.Module, processor: Any, folder: Path, library: str) -> None
         save_for_hf(model, str(folder), model_args=timm_model_args(model), safe_serialization=True)
 
 
-def _read_timm(folder: Path, config: dict[str, Any], kind: str, num_labels: int | None) -> nn.Module:
+def _reading(folder: Path, seed: int, read: Callable[[], Read]) -> Read:
+    """``read()`` in silence, new parameters drawn from ``seed``; whatever the libraries raise names the folder."""
+    try:
+        with seeded(seed), quiet():
+            return read()
+    except DenseError:
+        raise
+    except (*LIBRARY_ERRORS, ImportError, SafetensorError, OSError, KeyError) as error:
+        raise DenseError(f"{folder} does not load: {brief(error)}") from error
+
+
+def _read_timm(folder: Path, config: dict[str, Any], kind: str, num_labels: int | None) -> Read:
     import timm
 
+    if kind not in TIMM_KINDS:
+        raise DenseError(f"{folder} holds a timm model: kind is one of {', '.join(TIMM_KINDS)}, found {kind!r}")
     architecture = str(config["architecture"])
     if not timm.is_model(architecture):
         raise DenseError(
@@ -181,35 +179,30 @@ def _read_timm(folder: Path, config: dict[str, Any], kind: str, num_labels: int 
         args["num_classes"] = num_labels
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, **args)
     model.squeezoo_model_args = args
-    return model.eval()
+    return Read(model.eval(), None, "timm")
 
 
-def _read_transformers(folder: Path, kind: str, num_labels: int | None) -> tuple[nn.Module, Any]:
+def _read_transformers(folder: Path, stored: dict[str, Any], kind: str, num_labels: int | None) -> Read:
     import transformers as hf
 
+    if stored.get("model_type") not in hf.CONFIG_MAPPING:
+        load_plugins()  # one of them may have registered it
     config = hf.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if kind == "base":
-        auto: Any = hf.AutoModel
-    elif type(config) in hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        auto = hf.AutoModelForSequenceClassification
-    elif type(config) in hf.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        auto = hf.AutoModelForImageClassification
-    else:
-        raise DenseError(f"transformers has no classification model for {config.model_type!r}: load kind='base'")
-    new_head = num_labels is not None and num_labels != config.num_labels
-    if new_head:
-        config.num_labels = num_labels
-    model, info = auto.from_pretrained(
+    cls = model_class(config, kind)
+    new_head = set_labels_(config, kind, num_labels)
+    model, info = cls.from_pretrained(
         folder,
         config=config,
         use_safetensors=True,
-        trust_remote_code=False,
         dtype=torch.float32,
         ignore_mismatched_sizes=True,  # and then refused below, by name: the library's own message is in its report
         output_loading_info=True,
     )
     _check_fit(folder, model, info, new_head)
-    return model.eval(), load_processor(folder)
+    processor = load_processor(folder)
+    pad_with_end_(model, processor)
+    new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    return Read(model.eval(), processor, "transformers", tuple(sorted(new)))
 
 
 def _check_fit(folder: Path, model: Any, info: Mapping[str, Any], new_head: bool) -> None:

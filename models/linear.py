@@ -20,7 +20,8 @@ def stored_weight(module: nn.Module) -> Tensor | None:
         assert isinstance(parametrizations, nn.ModuleDict)
         chain = parametrizations["weight"]
         assert isinstance(chain, ParametrizationList)
-        return chain.original if isinstance(chain.original, Tensor) else None
+        original = getattr(chain, "original", None)  # weight norm keeps original0 and original1 instead
+        return original if isinstance(original, Tensor) else None
     weight = getattr(module, "weight", None)
     return weight if isinstance(weight, Tensor) else None
 
@@ -35,7 +36,8 @@ def layout_of(module: nn.Module) -> str | None:
         return None
     if hasattr(module, "nf"):
         return "in_out"
-    return "out_in" if hasattr(module, "in_features") and hasattr(module, "out_features") else None
+    pairs = (("in_features", "out_features"), ("input_size", "output_size"))  # the second: Megatron's parallel linears
+    return "out_in" if any(hasattr(module, i) and hasattr(module, o) for i, o in pairs) else None
 
 
 def features(name: str, module: nn.Module, layout: str) -> tuple[int, int]:
@@ -69,8 +71,8 @@ def tied_to_embedding(model: nn.Module, module: nn.Module) -> bool:
     return any(stored_weight(embedding) is weight for embedding in embeddings)
 
 
-def only_dropout_beside(child: str, children: Mapping[str, nn.Module], linears: Collection[str]) -> bool:
-    """Whether the siblings of module ``child`` are all in ``linears`` or do nothing in evaluation mode."""
+def nothing_beside(child: str, children: Mapping[str, nn.Module], harmless: Collection[str]) -> bool:
+    """Whether the siblings of module ``child`` are all in ``harmless`` or do nothing in evaluation mode."""
     parent = child.rpartition(".")[0]
     siblings = {name: m for name, m in children.items() if name.rpartition(".")[0] == parent and name != child}
-    return all(name in linears or isinstance(m, (nn.Dropout, nn.Identity)) for name, m in siblings.items())
+    return all(name in harmless or isinstance(m, (nn.Dropout, nn.Identity)) for name, m in siblings.items())

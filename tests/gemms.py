@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from squeezoo.compress.quantizers import InputQuantization
 from squeezoo.compress.runtime import QuantizedGemm, int8_supported
 from squeezoo.compress.runtime.int8_linear import Int8Gemm
 from squeezoo.models.adapter import Adapter, GemmSite, Sites
@@ -16,6 +17,20 @@ SUPPORTED, WHY_NOT = int8_supported()
 needs_int8 = pytest.mark.skipif(not SUPPORTED, reason=WHY_NOT)
 
 
+def symmetric(scale: float, bits: int = 8) -> InputQuantization:
+    """Levels -Qp..Qp, as LSQ has them."""
+    qp = 2 ** (bits - 1) - 1
+    return InputQuantization("static", bits, scale, 0, -qp, qp)
+
+
+def asymmetric(scale: float, zero_point: int, bits: int = 8) -> InputQuantization:
+    """Levels 0..2^bits - 1, as MinMax and PACT have them."""
+    return InputQuantization("static", bits, scale, zero_point, 0, 2**bits - 1)
+
+
+DYNAMIC = InputQuantization("dynamic", 8, None, None, 0, 255)
+
+
 def random_gemm(out_features: int, in_features: int, seed: int = 0, bias: bool = True, **changes: Any) -> QuantizedGemm:
     """Scales are powers of two and biases multiples of them, so that float32 results are exact up to 2^24 steps."""
     generator = torch.Generator().manual_seed(seed)
@@ -23,14 +38,14 @@ def random_gemm(out_features: int, in_features: int, seed: int = 0, bias: bool =
         name="g",
         weight_q_OI=torch.randint(-127, 128, (out_features, in_features), generator=generator, dtype=torch.int8),
         scale_O=2.0 ** torch.randint(-3, 1, (out_features,), generator=generator),
-        input_scale=0.25,
+        input=symmetric(0.25),
         bias_O=torch.randint(-9, 10, (out_features,), generator=generator).float() if bias else None,
     )
     return QuantizedGemm(**{**fields, **changes})
 
 
 def ready(gemm: QuantizedGemm, **how: Any) -> Int8Gemm:
-    return Int8Gemm(gemm.weight_q_OI, gemm.scale_O, gemm.bias_O, gemm.input_scale, **how)
+    return Int8Gemm(gemm.weight_q_OI, gemm.scale_O, gemm.bias_O, gemm.input, **how)
 
 
 def inputs(*shape: int, seed: int = 1) -> Tensor:
@@ -41,10 +56,12 @@ def inputs(*shape: int, seed: int = 1) -> Tensor:
 
 
 def exact(gemm: QuantizedGemm, x: Tensor) -> Tensor:
-    """The definition in 64 bits: round half to even, clamp to ±127, integer sums, then scales and bias."""
-    levels = (x.double() / gemm.input_scale).round().clamp(-127, 127).long()
-    sums = levels.reshape(-1, gemm.in_features) @ gemm.weight_q_OI.long().t()
-    y = sums.double() * (gemm.scale_O.double() * gemm.input_scale)
+    """The definition in 64 bits: round half to even, clamp to the levels, integer sums, then scales and bias."""
+    found = gemm.input
+    assert found.kind == "static"
+    levels = ((x.double() / found.scale).round() + found.zero_point).clamp(found.qmin, found.qmax).long()
+    sums = (levels - found.zero_point).reshape(-1, gemm.in_features) @ gemm.weight_q_OI.long().t()
+    y = sums.double() * (gemm.scale_O.double() * found.scale)
     y = y if gemm.bias_O is None else y + gemm.bias_O.double()
     return y.reshape(*x.shape[:-1], gemm.out_features)
 
@@ -95,6 +112,10 @@ def quantize(model: nn.Module, sites: Sites, run: Callable[[], Any]) -> dict[str
         weight_q_OI = (gemm.weight_OI / scale_O[:, None]).round().to(torch.int8)
         bias = gemm.module.bias
         result[gemm.name] = QuantizedGemm(
-            gemm.name, weight_q_OI, scale_O, largest[gemm.name] / 127, bias if bias is None else bias.detach().clone()
+            gemm.name,
+            weight_q_OI,
+            scale_O,
+            symmetric(largest[gemm.name] / 127),
+            bias if bias is None else bias.detach().clone(),
         )
     return result

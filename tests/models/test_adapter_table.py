@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from squeezoo.models import ADAPTERS, AdapterError, adapter_for, all_adapters, find_sites, model_type_of
+from squeezoo.models import ADAPTERS, AdapterError, adapter_for, adapter_named, all_adapters, find_sites, model_type_of
 from torch import nn
 
 
@@ -47,19 +47,14 @@ def plugin(name: str, model_type: str) -> str:
     return f"NAME, TYPE = {name!r}, {model_type!r}\n{PLUGIN}"
 
 
-def test_every_adapter_has_a_tiny_model() -> None:
-    """tests/tiny.py promises one tiny model per adapter; all other test files build on it."""
-    assert set(tiny.TINY) == {adapter.name for adapter in ADAPTERS}
-
-
 @pytest.mark.parametrize(
-    ("name", "model_type"), [("bert", "bert"), ("vit", "vit"), ("timm_vit", "timm.VisionTransformer")]
+    ("name", "model_type"), [("bert", "bert"), ("mbart", "mbart"), ("timm_vit", "timm.VisionTransformer")]
 )
 def test_model_type(name: str, model_type: str) -> None:
     """transformers' config.model_type, timm's class name."""
-    model = tiny.TINY[name]()
+    model = tiny.ALL[name]()
     assert model_type_of(model) == model_type
-    assert adapter_for(model).name == name
+    assert adapter_for(model).name == tiny.ROWS[name].adapter
 
 
 def test_unknown_model_type() -> None:
@@ -77,7 +72,8 @@ def test_plugin_adapter_serves_a_model(tmp_path: Path, monkeypatch: pytest.Monke
     install(tmp_path, monkeypatch, "plugged_pkg", "plugged = plugged_pkg_module:ADAPTER", code)
     import plugged_pkg_module
 
-    assert list(all_adapters()) == ["bert", "vit", "timm_vit", "plugged"]
+    assert list(all_adapters()) == [*(adapter.name for adapter in ADAPTERS), "plugged"]
+    assert adapter_named("plugged") is plugged_pkg_module.ADAPTER
     model = plugged_pkg_module.Net()
     sites = find_sites(model, adapter_for(model))
     assert [gemm.name for gemm in sites.gemms[:2]] == ["stack.0.up", "stack.0.down"]
@@ -107,3 +103,18 @@ def test_bad_plugin_is_named(
     with pytest.raises(AdapterError, match=message) as caught:
         all_adapters()
     assert re.search(rf"\b{package}\b", str(caught.value))
+
+
+def test_broken_plugin_does_not_stop_built_in_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plug-in is imported only when it is asked for: BERT goes on working beside one that cannot be imported."""
+    install(tmp_path, monkeypatch, "broken_pkg", "bad = broken_pkg_module:ADAPTER", "raise RuntimeError('half done')")
+    assert adapter_for(tiny.TINY["bert"]()).name == adapter_named("bert").name == "bert"
+    for ask in (lambda: adapter_for(Mine()), lambda: adapter_named("theirs")):
+        with pytest.raises(AdapterError, match=r"broken_pkg.*RuntimeError: half done"):
+            ask()
+
+
+def test_unknown_name() -> None:
+    """Loading a checkpoint of a plug-in's architecture without the plug-in says what is missing."""
+    with pytest.raises(AdapterError, match=r"no adapter is named 'nobody'. Known: bert.*plug-in"):
+        adapter_named("nobody")

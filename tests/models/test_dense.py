@@ -151,7 +151,7 @@ def test_missing_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         ("timm/vit_tiny_patch16_224", {"num_labels": 2, "model_args": {"num_classes": 3}}, ["num_classes=3", "for 2"]),
         ("timm/vit_tiny_patch16_224", {"model_args": {"num_heads": 7}}, ["num_heads", "AssertionError", "divisible"]),
         ("timm/vit_tiny_patch16_224", {"model_args": {"heads": 7}}, ["TypeError", "'heads'"]),
-        ("minilm-l6", {"kind": "generation"}, ["'classification' or 'base'", "'generation'"]),
+        ("minilm-l6", {"kind": "generation"}, ["'classification', 'token'", "found 'generation'"]),
         ("minilm-l6", {"kind": "base", "num_labels": 2}, ["no head", "num_labels=2"]),
         ("minilm-l6", {"num_labels": 0}, ["at least 1", "0"]),
     ],

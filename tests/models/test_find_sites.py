@@ -8,27 +8,11 @@ import pytest
 import tiny
 import torch
 from squeezoo.models import AdapterError, adapter_for, find_sites
-from squeezoo.models.adapter import Adapter, AttentionSite, GemmSite
 from squeezoo.models.bert import BERT
+from squeezoo.models.gpt2 import GPT2
 from squeezoo.models.vit import TIMM_VIT
 from torch import nn
 from torch.nn.utils import parametrize
-
-GPT2 = Adapter(
-    name="gpt2",
-    model_types=("gpt2",),
-    library="transformers>=5.10,<6",
-    block=r"(?:transformer\.)?h\.(\d+)",
-    gemms=(
-        GemmSite(r"attn\.c_attn", "qkv", "in_out", parts=3),
-        GemmSite(r"attn\.c_proj", "attn_out", "in_out"),
-        GemmSite(r"mlp\.c_fc", "ffn_up", "in_out"),
-        GemmSite(r"mlp\.c_proj", "ffn_down", "in_out"),
-    ),
-    attention=(AttentionSite("attn"),),
-    final_projection="lm_head",
-    per_block=4,
-)
 
 
 def tiny_gpt2() -> nn.Module:
@@ -155,26 +139,6 @@ def test_tie_survives_a_parametrization() -> None:
     assert find_sites(model, GPT2).final_tied
 
 
-def test_roberta_by_the_same_record() -> None:
-    """RoBERTa (Liu et al. 2019) is BERT's module tree under another prefix, so one record serves both."""
-    from transformers import RobertaConfig, RobertaForSequenceClassification
-
-    record = replace(
-        BERT,
-        name="roberta",
-        model_types=("roberta",),
-        block=r"(?:roberta\.)?encoder\.layer\.(\d+)",
-        final_projection=r"classifier\.out_proj|qa_outputs|lm_head\.decoder",
-    )
-    config = RobertaConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
-    sites = find_sites(RobertaForSequenceClassification(config), record)
-    assert len(sites.gemms) == 12
-    assert sites.final is not None
-    assert sites.final.name == "classifier.out_proj"
-
-
 def test_distilled_deit() -> None:
     """timm's DeiT has two heads (Touvron et al. 2021, section 4); `head` is the final projection."""
     import timm
@@ -204,3 +168,32 @@ def test_conv1d_with_the_layout_of_linear() -> None:
     record = replace(GPT2, gemms=(replace(GPT2.gemms[0], layout="out_in"), *GPT2.gemms[1:]))
     with pytest.raises(AdapterError, match=r"c_attn` is a Conv1D.*write layout='in_out'"):
         find_sites(tiny_gpt2(), record)
+
+
+def test_permutation_where_a_norm_stands_between() -> None:
+    """timm's scale_mlp_norm and scale_attn_norm put a LayerNorm before fc2 and proj: its columns may not be moved."""
+    import timm
+
+    for extra, left in (
+        ((), ["ffn_down", "attn_out"]),
+        (("scale_mlp_norm",), ["attn_out"]),
+        (("scale_attn_norm",), ["ffn_down"]),
+    ):
+        model = timm.create_model("vit_tiny_patch16_224", **tiny.TIMM_ARGS, **dict.fromkeys(extra, True))
+        for block in find_sites(model, TIMM_VIT).blocks:
+            assert [entry.consumer_role for entry in block.permutable] == left
+
+
+def test_blocks_of_an_encoder_and_a_decoder() -> None:
+    """Indices go on from the encoder to the decoder, so that no two blocks share one, whatever their numbers."""
+    from transformers import BartConfig, BartForCausalLM, BartModel
+
+    config = BartConfig(**{**tiny.BART, "encoder_layers": 3, "decoder_layers": 2})
+    sites = find_sites(BartModel(config), adapter_for(tiny.ALL["bart"]()))
+    assert [(block.index, block.kind) for block in sites.blocks] == [
+        (0, "encoder"), (1, "encoder"), (2, "encoder"), (3, "decoder"), (4, "decoder"),
+    ]  # fmt: skip
+    assert sites.blocks[3].name == "decoder.layers.0"
+    assert [sum(gemm.block == index for gemm in sites.gemms) for index in range(5)] == [6, 6, 6, 10, 10]
+    alone = find_sites(BartForCausalLM(config), adapter_for(tiny.ALL["bart"]()))  # a decoder without its encoder
+    assert [block.index for block in alone.blocks] == [0, 1]

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import tiny
-from squeezoo.models import AdapterError, find_sites
-from squeezoo.models.adapter import Adapter, AttentionSite
+from squeezoo.compress.attach import attach_
+from squeezoo.compress.plan import make_plan
+from squeezoo.compress.recipe import Recipe
+from squeezoo.models import AdapterError, adapter_for, find_sites
+from squeezoo.models.adapter import Adapter, AttentionSite, Permutable
 from squeezoo.models.bert import BERT
+from torch import nn
 
 
 def with_site(which: str, **changes: Any) -> Adapter:
@@ -54,6 +58,28 @@ MISTAKES = {
         ["is a LayerNorm, which is no linear", "2-D"],
     ),
     "wrong count": (replace(BERT, per_block=7), ["`bert.encoder.layer.0` has 6 GEMMs, expected 7"]),
+    "kinds without numbers": (
+        replace(BERT, block=r"(?P<kind>bert)\.encoder\.layer\.(\d+)"),
+        ["per_block=6 do not go together", "(?P<kind>...)"],
+    ),
+    "numbers without kinds": (replace(BERT, per_block={"encoder": 6}), ["do not go together", "blocks of one kind"]),
+    "unknown kind": (
+        replace(BERT, block=r"(?P<kind>bert)\.encoder\.layer\.(\d+)", per_block={"encoder": 6}),
+        ["finds blocks of kind 'bert', per_block knows encoder"],
+    ),
+    "two attention maps in a block": (
+        replace(BERT, attention=(AttentionSite(r"attention\.self"), AttentionSite(r"attention\.output"))),
+        ["`bert.encoder.layer.0` has 2 self-attention maps", "expected 1 by its q/qkv GEMMs"],
+    ),
+    "cross attention where there is none": (
+        replace(BERT, attention=(AttentionSite(r"attention\.self", "cross"),)),
+        ["has 1 cross-attention maps", "expected 0"],
+    ),
+    "unknown role to permute": (replace(BERT, permutable=(Permutable("final", ("ffn_up",)),)), ["'final'", "ffn_up"]),
+    "embeddings match nothing": (
+        replace(BERT, embeddings=r"bert\.embedings\.word_embeddings"),
+        ["embeddings pattern", "matches no module", "bert.embeddings.word_embeddings"],
+    ),
     "forgotten linear": (
         replace(BERT, gemms=BERT.gemms[:-1], per_block=5),
         ["no pattern claims output.dense", "left_dense"],
@@ -125,3 +151,47 @@ def test_library_that_is_not_installed_is_said() -> None:
     record = replace(BERT, library="no-such-library>=1", block=r"x(\d+)")
     with pytest.raises(AdapterError, match=r"no-such-library is not installed.*no-such-library>=1"):
         find_sites(tiny.TINY["bert"](), record)
+
+
+def renamed(name: str, renames: dict[str, str]) -> nn.Module:
+    """A tiny model in which the children of those names have others, as after a new release of the library."""
+    model = tiny.ALL[name]()
+    for module in list(model.modules()):
+        module._modules = {renames.get(child, child): m for child, m in module._modules.items()}
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "renames", "words"),
+    [
+        (
+            "bert",
+            {"query": "q_proj", "key": "k_proj", "intermediate_act_fn": "act", "word_embeddings": "words"},
+            [r"'attention\\.self\\.query'", r"'attention\\.self\\.key'", "GEMM pattern", "activation pattern"],
+        ),
+        ("gpt2", {"c_attn": "qkv", "mlp": "ffn"}, [r"'attn\\.c_attn'", r"'mlp\\.c_fc'", r"'mlp\\.c_proj'", "ffn.c_fc"]),
+        ("bart", {"encoder_attn": "cross"}, ["'encoder_attn'", r"'encoder_attn\\.q_proj'", "cross.q_proj"]),
+        ("wav2vec2", {"layers": "blocks"}, ["block pattern", "wav2vec2.encoder.blocks.0"]),
+        ("timm_vit", {"blocks": "stages"}, ["block pattern", "stages.0"]),
+    ],
+)
+def test_renamed_modules_are_all_listed_and_nothing_is_attached(
+    name: str, renames: dict[str, str], words: list[str]
+) -> None:
+    """Every pattern that matches nothing, the nearest names, the installed version; the model is as it was."""
+    model = renamed(name, renames)
+    before = [(child, type(module)) for child, module in model.named_modules()]
+    with pytest.raises(AdapterError) as caught:
+        attach_(model, make_plan(model, Recipe.load("magnitude-2-4")))
+    for word in (*words, "matches no module", "nearest names", "is installed, the names were checked against"):
+        assert word in str(caught.value), str(caught.value)
+    assert [(child, type(module)) for child, module in model.named_modules()] == before
+    assert str(caught.value).count("matches no module") >= len([word for word in words if word.startswith("'")])
+
+
+def test_one_lost_pattern_of_many_is_the_only_one_named() -> None:
+    """What still fits is not listed."""
+    with pytest.raises(AdapterError) as caught:
+        find_sites(renamed("opt", {"fc2": "down"}), adapter_for(tiny.ALL["opt"]()))
+    assert str(caught.value).count("matches no module") == 1
+    assert "'fc2'" in str(caught.value)
