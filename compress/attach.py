@@ -1,151 +1,142 @@
 """Attach a plan to a model as parametrizations and input hooks, and fold the effect back into plain weights.
 
-The weight that the forward pass sees is ``mask * Q(W)``: quantize first, then mask (Deep Compression of Pre-trained
-Transformers, section 2.2). The orientation of the stored weight is settled here, once: all mathematics sees
-``w_OI`` = [out_features, in_features].
+What an attached model carries is described in ``attached.py``; masks are filled by ``magnitude.py`` and others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .masks import magnitude_mask
-from .plan import Plan, PlanError, PlannedGemm
-from .quantizers import LsqQuantizer
+from ..models.fairseq_build import call_projections_
+from .attached import (
+    INPUT_QUANTIZER,
+    CompressedWeight,
+    QuantizedTable,
+    QuantizeInput,
+    compressed_weights,
+    deactivate_,
+    latent,
+    latent_OI,
+    parameters_without_decay,
+    quantized_tables,
+    quantizers,
+)
+from .magnitude import MaskError, inherit_masks_, magnitude_masks_, prune_
+from .plan import Plan, PlanError, PlannedEmbedding, PlannedGemm
+from .quantizers import input_quantizer, map_quantizer
+from .requantize import hook_inputs_, requantize_, unhook_inputs_
+from .untie import untie_
 
-INPUT_QUANTIZER = "input_quantizer"
-
-
-class CompressedWeight(nn.Module):
-    """Parametrization of one weight: ``mask * Q(W)``. With an all-true mask and an inactive quantizer: the identity.
-
-    Args:
-        planned: what to do. The mask is a buffer of shape [out_features, in_features]; it is saved but not trained.
-    """
-
-    mask_OI: Tensor | None
-
-    def __init__(self, planned: PlannedGemm, device: torch.device) -> None:
-        super().__init__()
-        self.transposed = planned.layout == "in_out"
-        self.pattern = planned.pattern
-        mask = None if self.pattern is None else torch.ones(planned.shape, dtype=torch.bool, device=device)
-        self.register_buffer("mask_OI", mask)
-        self.quantizer: LsqQuantizer | None = None
-        if planned.weight_bits is not None:
-            self.quantizer = LsqQuantizer(planned.weight_bits, (planned.shape[0], 1)).to(device)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        w_OI = weight.t() if self.transposed else weight
-        if self.quantizer is not None:
-            w_OI = self.quantizer(w_OI)
-        if self.mask_OI is not None:
-            w_OI = w_OI * self.mask_OI
-        return w_OI.t() if self.transposed else w_OI
-
-
-class QuantizeInput:
-    """Forward pre-hook that quantizes a GEMM's input. An object, not a closure, so that ``deepcopy`` follows it."""
-
-    def __init__(self, quantizer: LsqQuantizer) -> None:
-        self.quantizer = quantizer
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (self.quantizer(args[0]), *args[1:])
+__all__ = [
+    "INPUT_QUANTIZER",
+    "CompressedWeight",
+    "MaskError",
+    "QuantizeInput",
+    "QuantizedTable",
+    "attach_",
+    "compressed_weights",
+    "deactivate_",
+    "fold_",
+    "inherit_masks_",
+    "latent",
+    "latent_OI",
+    "magnitude_masks_",
+    "parameters_without_decay",
+    "prune_",
+    "quantized_tables",
+    "quantizers",
+    "requantize_",
+    "untie_",
+]
 
 
 def attach_(model: nn.Module, plan: Plan) -> None:
     """Add masks and quantizers to ``model`` in place; outputs do not change until a stage fills them.
 
+    A tied final projection that the plan unties gets a matrix of its own first.
+
     Raises:
-        PlanError: a planned GEMM is missing, has another shape, or is attached already. The model is untouched then.
+        PlanError: a planned GEMM or table is missing, has another shape, or is attached already.
+        AttentionDoorError: an attention map that cannot be reached. The model is untouched in both cases.
     """
     modules = dict(model.named_modules())
     for gemm in plan.gemms:
         _check(modules, gemm)
-    quantizers: dict[str, LsqQuantizer] = {}
-    for gemm in plan.gemms:
-        module = modules[gemm.name]
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        parametrize.register_parametrization(module, "weight", CompressedWeight(gemm, weight.device))
-        if gemm.input_bits is None or gemm.input_owner is None:
-            continue
-        if gemm.input_owner not in quantizers:
-            quantizers[gemm.input_owner] = LsqQuantizer(gemm.input_bits, ()).to(weight.device)
-            modules[gemm.input_owner].add_module(INPUT_QUANTIZER, quantizers[gemm.input_owner])
-        module.register_forward_pre_hook(QuantizeInput(quantizers[gemm.input_owner]))
+    tables = [table for table in plan.embeddings if table.method != "absmax"]  # absmax is how a table is stored
+    for table in tables:
+        _check_table(modules, table)
+    weights = [CompressedWeight(gemm, _weight(modules[gemm.name]).device) for gemm in plan.gemms]
+    tabled = [QuantizedTable(table, _weight(modules[table.name]).device) for table in tables]
+    owned = {gemm.input_owner: input_quantizer(gemm.input) for gemm in plan.gemms if gemm.input and gemm.input_owner}
+    if plan.attention:
+        from .attention_doors import attach_attention_
+
+        attach_attention_(model, plan.attention, map_quantizer)
+    # Nothing below can fail.
+    if plan.untied is not None:
+        untie_(model, plan.untied)
+    for gemm, parametrization in zip(plan.gemms, weights, strict=True):
+        parametrize.register_parametrization(modules[gemm.name], "weight", parametrization)
+    for table, parametrized in zip(tables, tabled, strict=True):
+        parametrize.register_parametrization(modules[table.name], "weight", parametrized)
+    if owned:
+        call_projections_(model)  # fairseq's attention reads weights without calling its linears: no hook would run
+    hook_inputs_(modules, plan.gemms, owned)
+    for _, quantizer in quantizers(model):
+        quantizer.train(model.training)  # a new module is in training mode
 
 
-def _check(modules: dict[str, nn.Module], gemm: PlannedGemm) -> None:
+def _check(modules: Mapping[str, nn.Module], gemm: PlannedGemm) -> None:
     module = modules.get(gemm.name)
     if module is None:
         raise PlanError(f"the plan names the GEMM {gemm.name!r}; this model has no such module")
     if parametrize.is_parametrized(module, "weight"):
         raise PlanError(f"{gemm.name} is attached already; fold the model first, or attach to a fresh copy")
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = _weight(module)
     found = tuple(weight.shape) if gemm.layout == "out_in" else tuple(weight.shape)[::-1]
     if found != gemm.shape:
         raise PlanError(f"{gemm.name}: the plan was made for shape {gemm.shape}, the model has {found}")
 
 
-def compressed_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, CompressedWeight]]:
-    """Name, module and parametrization of every attached GEMM, in model order."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Module) and parametrize.is_parametrized(module, "weight"):
-            first = module.parametrizations["weight"][0]  # type: ignore[index]
-            if isinstance(first, CompressedWeight):
-                yield name, module, first
+def _check_table(modules: Mapping[str, nn.Module], table: PlannedEmbedding) -> None:
+    module = modules.get(table.name)
+    if module is None:
+        raise PlanError(f"the plan names the embedding table {table.name!r}; this model has no such module")
+    if parametrize.is_parametrized(module, "weight"):
+        raise PlanError(f"{table.name} is attached already; fold the model first, or attach to a fresh copy")
+    if tuple(_weight(module).shape) != (table.rows, table.width):
+        expected, found = (table.rows, table.width), tuple(_weight(module).shape)
+        raise PlanError(f"{table.name}: the plan was made for shape {expected}, the model has {found}")
 
 
-def latent_OI(module: nn.Module, parametrization: CompressedWeight) -> Tensor:
-    """The trained weight below the mask and the quantizer, as [out_features, in_features]."""
-    original = module.parametrizations["weight"].original  # type: ignore[index, union-attr]
-    assert isinstance(original, Tensor)
-    return original.t() if parametrization.transposed else original
-
-
-@torch.no_grad()
-def prune_(model: nn.Module) -> None:
-    """Set every mask to the N:M magnitude mask of its weight (ASP step 2; Mishra et al. 2021, section 4)."""
-    for _, module, parametrization in compressed_weights(model):
-        if parametrization.pattern is not None and parametrization.mask_OI is not None:
-            parametrization.mask_OI.copy_(magnitude_mask(latent_OI(module, parametrization), parametrization.pattern))
-
-
-def quantizers(model: nn.Module) -> Iterator[tuple[str, LsqQuantizer]]:
-    """Every weight and input quantizer of an attached model, shared ones once."""
-    for name, module in model.named_modules():
-        if isinstance(module, LsqQuantizer):
-            yield name, module
-
-
-def deactivate_(model: nn.Module) -> None:
-    """Switch all quantizers off: they are the identity until they are calibrated again."""
-    for _, quantizer in quantizers(model):
-        quantizer.active = False
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 @torch.no_grad()
 def fold_(model: nn.Module) -> None:
     """Write masks and weight quantizers into plain weights and remove everything attached.
 
-    Afterwards the model has its original keys, classes and shapes. Input quantizers have no place in plain weights:
-    the checkpoint keeps their scales.
+    Afterwards the model has its original keys, classes and shapes. Input quantizers and N:M attention maps have no
+    place in plain weights and are gone: the checkpoint keeps them.
     """
     for _, module, _ in list(compressed_weights(model)):
         _own_class_(module)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, QuantizeInput):
-                del module._forward_pre_hooks[key]
-        if INPUT_QUANTIZER in module._modules:
-            del module._modules[INPUT_QUANTIZER]
+    for _, module, _ in list(quantized_tables(model)):
+        _own_class_(module)
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    unhook_inputs_(model.modules())
+    if any("attention_map" in module._modules for module in model.modules()):
+        from .attention_doors import detach_attention_
+
+        detach_attention_(model)
 
 
 def _own_class_(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Quantizers: fake quantization while training, integers when exported. Rounding is half to even everywhere.
+"""LSQ: a symmetric quantizer with a learned scale (Esser et al., arXiv:1902.08153), GPUSQ-TLM's second stage.
 
 Legend: O out_features, I in_features; scale_O1 one scale per output channel, a scale of shape [] one per tensor.
 """
@@ -6,26 +6,16 @@ Legend: O out_features, I in_features; scale_O1 one scale per output channel, a 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-MIN_SCALE = 1e-8
-Granularity = Literal["channel", "tensor"]
-
-
-def largest_level(bits: int) -> int:
-    """Qp = 2^(bits-1) - 1, the largest level of a symmetric quantizer; the smallest is -Qp.
-
-    Raises:
-        ValueError: ``bits`` is not an integer in 2..8.
-    """
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
-        raise ValueError(f"expected 2 to 8 bits for a symmetric quantizer, found {bits!r}")
-    return (1 << (bits - 1)) - 1
+from .base import Granularity, InputQuantization, QuantizedWeight, Quantizer
+from .ranks import value_of_rank
+from .rounding import MIN_SCALE, largest_level, quantize_int8, refuse_nan, widen
 
 
 class _LsqFakeQuantize(torch.autograd.Function):
@@ -71,35 +61,12 @@ def lsq_fake_quantize(x: Tensor, scale: Tensor, qp: int, grad_factor: float) -> 
     return _LsqFakeQuantize.apply(x, scale, qp, grad_factor)
 
 
-@torch.no_grad()
-def quantize_int8(w_OI: Tensor, scale_O1: Tensor, qp: int) -> Tensor:
-    """The integers of :func:`lsq_fake_quantize`: int8 [O, I] with ``q * scale`` equal to the fake-quantized weight.
+class LsqQuantizer(Quantizer):
+    """Symmetric fake quantizer with a learned scale, as GPUSQ-TLM's second stage uses it, for weights and inputs.
 
-    Raises:
-        ValueError: ``w_OI`` holds NaN or the scale is not positive and finite.
-    """
-    if not bool((scale_O1 > 0).all()) or not bool(scale_O1.isfinite().all()):
-        raise ValueError(f"expected positive finite scales, found {scale_O1.min().item()} to {scale_O1.max().item()}")
-    _refuse_nan(w_OI, "the weight to quantize")
-    w_OI = _widen(w_OI)
-    return (w_OI / scale_O1.to(w_OI.dtype).clamp_min(MIN_SCALE)).clamp_(-qp, qp).round_().to(torch.int8)
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def _refuse_nan(x: Tensor, what: str) -> None:
-    count = int(x.isnan().sum())
-    if count:
-        raise ValueError(f"expected finite values in {what}, found {count} NaN of {x.numel()} values")
-
-
-class LsqQuantizer(nn.Module):
-    """Symmetric fake quantizer with a learned scale, as GPUSQ-TLM's second stage uses it.
-
-    Until it is calibrated (:meth:`init_from_amax_`, or :meth:`observe` and then :meth:`finish_calibration_`) it is the
-    identity and ``active`` is False; its scale is then 0, so that a state dict tells the two cases apart.
+    Until it is calibrated (:meth:`init_from_weight_`, :meth:`init_from_amax_`, or :meth:`observe` and then
+    :meth:`finish_calibration_`) it is the identity and ``active`` is False; its scale is then 0, so that a state dict
+    tells the two cases apart.
 
     Args:
         bits: 2 to 8; levels -Qp..Qp with Qp = 2^(bits-1) - 1.
@@ -107,28 +74,25 @@ class LsqQuantizer(nn.Module):
             per tensor of any shape.
     """
 
+    needs_batches = True
     scale: nn.Parameter
 
     def __init__(self, bits: int, shape: tuple[int, ...] = ()) -> None:
-        super().__init__()
         self.qp = largest_level(bits)
+        super().__init__(bits)
         if shape != () and (len(shape) != 2 or shape[1] != 1):
             raise ValueError(f"expected the shape of the scale, (out_features, 1) or (), found {shape}")
-        self.bits = bits
         self.granularity: Granularity = "channel" if shape else "tensor"
-        self.active = False
         self.scale = nn.Parameter(torch.zeros(shape))
+        self.reduce_amax: Callable[[Tensor], Tensor] | None = None  # tensor parallel: max over the processes
         self._observed: Tensor | None = None
         self._batches = 0
         self._percentile: float | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize ``x``; computed in float32 (float64 stays), returned in the dtype of ``x``."""
-        if not self.active:
-            return x
+    def fake_quantize(self, x: Tensor, update: bool = True) -> Tensor:
         elements = x.shape[-1] if self.granularity == "channel" else x.numel() // max(1, x.shape[0] if x.ndim else 1)
         grad_factor = 1.0 / math.sqrt(max(1, elements) * self.qp)
-        return lsq_fake_quantize(_widen(x), self.scale, self.qp, grad_factor).to(x.dtype)
+        return lsq_fake_quantize(widen(x), self.scale, self.qp, grad_factor).to(x.dtype)
 
     @torch.no_grad()
     def init_from_amax_(self, amax: Tensor) -> None:
@@ -143,11 +107,19 @@ class LsqQuantizer(nn.Module):
             bad = amax[~(amax.isfinite() & (amax >= 0))].flatten()[0].item()
             raise ValueError(f"expected finite ranges max|x| >= 0 to calibrate on, found {bad}")
         amax = amax.to(self.scale).reshape(self.scale.shape)
+        amax = amax if self.reduce_amax is None else self.reduce_amax(amax)
         scale = (amax / self.qp).clamp_(min=MIN_SCALE)
         # amax / Qp is rounded; one step up where needed keeps the largest value itself inside the range.
         scale = torch.where(amax / scale > self.qp, scale.nextafter(scale.new_tensor(math.inf)), scale)
         self.scale.copy_(scale.masked_fill(amax == 0, 1.0))
         self.active = True
+
+    @torch.no_grad()
+    def init_from_weight_(self, w_OI: Tensor, mask_OI: Tensor | None = None) -> None:
+        """Scales from max|w| of what the mask keeps; activates."""
+        refuse_nan(w_OI, "the weight to quantize")
+        size_OI = widen(w_OI).abs() if mask_OI is None else widen(w_OI).abs() * mask_OI
+        self.init_from_amax_(size_OI.amax(1, keepdim=True) if self.granularity == "channel" else size_OI.amax())
 
     @torch.no_grad()
     def observe(self, x: Tensor, percentile: float | None = None) -> None:
@@ -167,41 +139,50 @@ class LsqQuantizer(nn.Module):
         if not x.numel():
             raise ValueError(f"expected values to calibrate on, found an empty tensor of shape {tuple(x.shape)}")
         channel = self.granularity == "channel"
-        size = _widen(x).abs() if channel else _widen(x).abs().flatten()
+        size = widen(x).abs() if channel else widen(x).abs().flatten()
         peak = size.amax(-1, keepdim=channel)
         if not bool(peak.isfinite().all()):
-            _refuse_nan(x, "the calibration input")
+            refuse_nan(x, "the calibration input")
             raise ValueError("expected finite values in the calibration input, found infinity")
         if percentile is None:
             self._observed = peak if self._observed is None else torch.maximum(self._observed, peak)
         else:
             rank = max(1, math.ceil(percentile / 100 * size.shape[-1]))
-            top = size.kthvalue(rank, -1, keepdim=channel).values
+            top = size.kthvalue(rank, -1, keepdim=True).values if channel else value_of_rank(size, rank)
             self._observed = top if self._observed is None else self._observed + top
         self._percentile = percentile
         self._batches += 1
 
     def finish_calibration_(self) -> None:
-        """Turn the observed range into the scale and activate.
-
-        Raises:
-            RuntimeError: nothing was observed.
-        """
         if self._observed is None:
             raise RuntimeError("expected at least one calibration batch, found none; call observe(x) first")
         self.init_from_amax_(self._observed if self._percentile is None else self._observed / self._batches)
-        self._observed, self._batches, self._percentile = None, 0, None
+        self.stop_observing_()
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Keep the scale >= 1e-8; to be called after an optimiser step."""
+        """Keep the scale >= 1e-8; to be called after an optimizer step."""
         if self.active:
             self.scale.clamp_(min=MIN_SCALE)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "scale" in state_dict and not self.scale.is_meta:
-            self.active = bool((self.scale.detach() > 0).all())
+    def _input_levels(self) -> InputQuantization:
+        if self.granularity == "channel":
+            raise self._wrong_side("inputs")
+        scale = float(self.scale.detach().clamp_min(MIN_SCALE))
+        return InputQuantization("static", self.bits, scale, 0, -self.qp, self.qp)
+
+    def _integers(self, w_OI: Tensor) -> QuantizedWeight:
+        scale_O1 = self.scale.detach().float().clamp_min(MIN_SCALE).expand(w_OI.shape[0], 1).contiguous()
+        return QuantizedWeight(quantize_int8(w_OI, scale_O1, self.qp), scale_O1)
+
+    def _weight_levels(self) -> tuple[int, int]:
+        return -self.qp, self.qp
+
+    def _forget(self) -> None:
+        self._observed, self._batches, self._percentile = None, 0, None
+
+    def _calibrated(self) -> bool:
+        return bool((self.scale.detach() > 0).all())
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, granularity={self.granularity}, active={self.active}"

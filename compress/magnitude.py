@@ -1,0 +1,107 @@
+"""Masks from the weights of an attached model alone: by magnitude, or from the zeros that are there already."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .attached import compressed_weights, latent_OI
+from .masks import Pattern, check_nm, magnitude_mask
+from .unstructured import global_masks, unstructured_mask
+
+Scope = Literal["layer", "global"]
+
+
+class MaskError(ValueError):
+    """Weights that do not have the zeros asked for."""
+
+
+@torch.no_grad()
+def magnitude_masks_(model: nn.Module, scope: Scope = "layer") -> None:
+    """Set every mask to keep the largest |w|: N of each M, or a share of the weights (ASP, Mishra et al. 2021, section
+    4; ALGORITHMS B.1, B.4, B.6).
+
+    Args:
+        scope: of unstructured masks. ``layer``: the share is pruned in each matrix, in each of Q, K and V of a fused
+            one; ``global``: one threshold over all matrices with the same share. Among equals the lower index is kept.
+
+    Raises:
+        ValueError: a weight is NaN; no mask has changed.
+    """
+    if scope not in ("layer", "global"):
+        raise ValueError(f"expected scope 'layer' or 'global', found {scope!r}")
+    found: list[tuple[Tensor, Tensor]] = []
+    shares: dict[float, list[tuple[Tensor, Tensor]]] = {}
+    for name, module, parametrization in compressed_weights(model):
+        mask_OI, w_OI = parametrization.mask_OI, latent_OI(module, parametrization)
+        if mask_OI is None:
+            continue
+        if bool(w_OI.isnan().any()):
+            raise ValueError(f"{name}: expected weights without NaN, found {int(w_OI.isnan().sum())}; no mask was made")
+        if parametrization.pattern is not None:
+            found.append((mask_OI, magnitude_mask(w_OI, parametrization.pattern)))
+        elif parametrization.unstructured is not None:
+            zeros = parametrization.unstructured.zeros
+            if scope == "global":
+                shares.setdefault(zeros, []).append((mask_OI, w_OI.abs()))
+            else:
+                parts = w_OI.chunk(parametrization.parts)
+                found.append((mask_OI, torch.cat([unstructured_mask(part.abs(), zeros) for part in parts])))
+    for zeros, together in shares.items():
+        new = global_masks([score_OI for _, score_OI in together], zeros)
+        found += [(mask_OI, new_OI) for (mask_OI, _), new_OI in zip(together, new, strict=True)]
+    for mask_OI, new_OI in found:
+        mask_OI.copy_(new_OI)
+
+
+def prune_(model: nn.Module) -> None:
+    """`magnitude_masks_` with a threshold per matrix."""
+    magnitude_masks_(model)
+
+
+@torch.no_grad()
+def inherit_masks_(model: nn.Module) -> None:
+    """Set every mask to the non-zeros of its weight, for a model that has been pruned before.
+
+    Raises:
+        MaskError: a weight has more non-zeros than its pattern allows; names the GEMM and what was found. For a share
+            of zeros the matrices count together, since a global threshold leaves each with another share. No mask has
+            changed then.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+    shares: dict[float, list[tuple[str, int, int]]] = {}
+    for name, module, parametrization in compressed_weights(model):
+        mask_OI = parametrization.mask_OI
+        if mask_OI is None:
+            continue
+        kept_OI = latent_OI(module, parametrization) != 0
+        zeros, size = int((~kept_OI).sum()), kept_OI.numel()
+        if parametrization.pattern is not None and not check_nm(kept_OI, parametrization.pattern):
+            raise MaskError(_too_dense(name, kept_OI, parametrization.pattern))
+        if parametrization.unstructured is not None:
+            shares.setdefault(parametrization.unstructured.zeros, []).append((name, zeros, size))
+        found.append((mask_OI, kept_OI))
+    for share, matrices in shares.items():
+        zeros, size = sum(row[1] for row in matrices), sum(row[2] for row in matrices)
+        # A threshold per matrix rounds in each of them.
+        if zeros < round(share * size) - len(matrices):
+            name, fewest, of = min(matrices, key=lambda row: row[1] / row[2])
+            raise MaskError(
+                f"expected {share:.4%} zeros to inherit, found {zeros / size:.4%} of {size:,} weights ({name} has the "
+                f"fewest: {fewest / of:.4%}): hand in a pruned model, or prune with `method: magnitude`"
+            )
+    for mask_OI, kept_OI in found:
+        mask_OI.copy_(kept_OI)
+
+
+def _too_dense(name: str, kept_OI: Tensor, pattern: Pattern) -> str:
+    padded = torch.nn.functional.pad(kept_OI.to(torch.uint8), (0, -kept_OI.shape[1] % pattern.m))
+    counts = padded.unflatten(1, (-1, pattern.m)).sum(-1)
+    return (
+        f"{name}: expected {pattern} to inherit, at most {pattern.n} non-zeros in each {pattern.m} consecutive "
+        f"weights; found {int((counts > pattern.n).sum()):,} of {counts.numel():,} groups with more "
+        f"({float((~kept_OI).float().mean()):.2%} of the weights are zero): hand in a pruned model, or prune with "
+        "`method: magnitude`"
+    )
