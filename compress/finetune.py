@@ -1,17 +1,17 @@
 """Fine-tuning of an attached model on ``transformers.Trainer``; ours is only what it lacks.
 
-Added to the Trainer: the distillation loss, a batch order that depends on seed and epoch alone (so that a resumed run
-sees the same batches), augmentation that depends on seed and step alone, no weight decay on scales, and checkpoints
-that are only resumed from when they are complete.
+Added to the Trainer: the distillation loss, mask policies, the dropout schedule, a batch order that depends on seed and
+epoch alone (so that a resumed run sees the same batches), augmentation that depends on seed and step alone, no weight
+decay on scales, and checkpoints that are only resumed from when they are complete.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,56 +20,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..models.torchvision_guard import ensure_torchvision_importable
-from .attach import INPUT_QUANTIZER, compressed_weights, latent_OI, quantizers
+from .attached import INPUT_QUANTIZER, compressed_weights, latent_OI, parameters_without_decay, quantizers
+from .dropout import ScheduledDropout
+from .journal import Journal
 from .objective import Batch, Objective
+from .policies import Policy, make_policy
 from .quantizers import LsqQuantizer
 from .stages import Finetune
+from .teacher_cache import Numbered, TeacherCache, collate_numbered
+from .train_data import EpochSampler, Rows, TrainData
 
+__all__ = ["LOG", "Batch", "EpochSampler", "TrainData", "finetune_", "last_complete_checkpoint"]
 
-@dataclass(frozen=True)
-class TrainData:
-    """What a recipe trains and calibrates on.
-
-    Args:
-        features: one mapping per sample, as ``collate`` takes them.
-        collate: list of features -> batch of tensors with ``labels`` [B].
-        augment: batch, generator -> batch; training only. It must draw from the generator alone.
-    """
-
-    features: Sequence[Mapping[str, Any]]
-    collate: Callable[[list[Mapping[str, Any]]], Batch]
-    augment: Callable[[Batch, torch.Generator], Batch] | None = None
-
-    def lengths(self) -> list[int]:
-        """Tokens per sample, for batches of similar length; all 1 for images."""
-        if "input_ids" not in self.features[0]:  # images: not decoded for this
-            return [1] * len(self.features)
-        return [len(feature["input_ids"]) for feature in self.features]
-
-
-class EpochSampler(torch.utils.data.Sampler[int]):
-    """Shuffled indices with samples of similar length side by side; the order is a function of (seed, epoch) alone."""
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed = torch.tensor(lengths), batch_size, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        order = torch.randperm(len(self), generator=generator)
-        # Sort by length inside chunks of 50 batches: little padding, and still a different order each epoch.
-        chunks = [c[self.lengths[c].argsort(stable=True)] for c in order.split(self.batch_size * 50)]
-        batches = [b for c in chunks for b in c.split(self.batch_size)]
-        full = [b for b in batches if len(b) == self.batch_size]
-        rest = [b for b in batches if len(b) < self.batch_size]
-        shuffled = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()] + rest
-        return iter(torch.cat(shuffled).tolist())
+LOG = "log.jsonl"
+SGD_MOMENTUM = 0.9  # of ``optimizer: sgd``; the sources that train with SGD do not state theirs
 
 
 def finetune_(
@@ -78,57 +42,132 @@ def finetune_(
     data: TrainData,
     folder: Path,
     *,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | TeacherCache | None = None,
     seed: int = 0,
     device: str = "cpu",
     save_seconds: float = 120.0,
     title: str = "finetune",
-) -> dict[str, float]:
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+) -> dict[str, Any]:
     """Train ``student`` in place for one stage; resumes from the last complete checkpoint in ``folder``.
 
+    A resumed run must be given the student as it was at the stage's beginning. ``folder/log.jsonl`` gets one JSON
+    object per line: what the mask policy did (``kind`` admm, iterative, sr_ste) and each evaluation.
+
+    Args:
+        evaluate: called at the end of each epoch and of the stage with the student in evaluation mode and pruned as it
+            would be if training ended there; it must leave the student as it is. Its numbers go to the log.
+
     Returns:
-        ``steps``; ``seconds`` of this call and ``resumed_at``, the step it began at; ``loss``, mean of the last tenth.
+        ``steps``; ``seconds`` of this call and ``resumed_at``, the step it began at; ``loss``, mean of the last tenth;
+        ``history``, the lines of the log; ``mask_similarity``, its mean over the policy's records, where there are any.
 
     Raises:
-        TrainingError: the loss is not finite. The last checkpoint stays, and so does ``student``'s state in it.
+        TrainingError: the loss is not finite, or the policy does not fit the student. The last checkpoint stays, and so
+            does ``student``'s state in it.
     """
     ensure_torchvision_importable()
-    from transformers import Trainer, TrainingArguments, set_seed
+    from transformers import set_seed
 
-    from .progress import TrainingProgress
+    from .progress import StageHooks, TrainingProgress
 
     set_seed(seed)
+    samples, world = len(data.features), int(os.environ.get("WORLD_SIZE", "1"))
+    steps_per_epoch = math.ceil(math.ceil(samples / stage.batch_size) / world)
+    policy = make_policy(student, stage, _stated_steps(stage, steps_per_epoch), steps_per_epoch, samples)
+    dropout = None if stage.dropout is None else ScheduledDropout(student, stage.dropout)
     objective = Objective(student, stage, teacher, data.augment, seed)
-    if teacher is not None:
-        teacher.requires_grad_(False).eval().to(device)
-    steps_per_epoch = math.ceil(len(data.features) / stage.batch_size)
-    total_steps = max(1, math.ceil(steps_per_epoch * stage.epochs))
-    sampler = EpochSampler(data.lengths(), stage.batch_size, seed)
+    objective.policy = policy  # its buffers go into every checkpoint
+    if isinstance(teacher, nn.Module):
+        teacher.to(device)
+    progress = TrainingProgress(title, policy.total, save_seconds)
+    journal = Journal(folder / LOG, writes=int(os.environ.get("RANK", "0")) == 0)
+    hooks = StageHooks(student, policy, dropout, journal, steps_per_epoch, evaluate)
+    cached = isinstance(teacher, TeacherCache)
+    trainer = _trainer(objective, policy, stage, folder, seed, device)(
+        train_dataset=Rows(Numbered(data.features) if cached else data.features),
+        data_collator=collate_numbered(data.collate) if cached else data.collate,
+        sampler=EpochSampler(data.lengths(), stage.batch_size, seed),
+        callbacks=[progress, hooks],
+    )
+    last = last_complete_checkpoint(folder)
+    try:
+        result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+        policy.finish_()
+    finally:
+        policy.release_()
+        if dropout is not None:
+            dropout.restore_()
+    student.eval()
+    similar = [
+        record["similarity"] for record in journal.records if record.get("iteration") != 0 and "similarity" in record
+    ]
+    return {
+        "steps": float(result.global_step),
+        "seconds": round(float(result.metrics["train_runtime"]), 1),
+        "resumed_at": float(last.name.split("-")[1]) if last else 0.0,
+        "loss": round(progress.last_loss, 6),
+        "history": journal.records,
+        **({"mask_similarity": sum(similar) / len(similar)} if similar else {}),
+    }
+
+
+def _stated_steps(stage: Finetune, steps_per_epoch: int) -> int:
+    if stage.steps is not None:
+        return stage.steps
+    return 0 if stage.epochs is None else max(1, math.ceil(steps_per_epoch * stage.epochs))
+
+
+def _trainer(
+    objective: Objective, policy: Policy, stage: Finetune, folder: Path, seed: int, device: str
+) -> Callable[..., Any]:
+    """The Trainer of one stage, to be called with its data and callbacks."""
+    from transformers import Trainer, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
 
     class StageTrainer(Trainer):
+        def __init__(self, *, sampler: EpochSampler, **settings: Any) -> None:
+            super().__init__(model=objective, args=arguments, optimizer_cls_and_kwargs=sgd, **settings)
+            self.model_accepts_loss_kwargs = False  # our losses are means over a batch
+            self.remove_callback(PrinterCallback)
+            self.sampler = sampler
+
         def _get_train_sampler(self, *_: Any, **__: Any) -> EpochSampler:
-            return sampler
+            return self.sampler
 
         def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-            scales = {f"{name}.scale" for name, _ in quantizers(model)}
-            return [name for name in super().get_decay_parameter_names(model) if name not in scales]
+            learned = set(parameters_without_decay(model))
+            return [name for name in super().get_decay_parameter_names(model) if name not in learned]
 
         def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
             optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-            give_scales_their_rate_(optimizer, student)
+            if stage.optimizer == "adamw":
+                give_scales_their_rate_(optimizer, objective.student)
             return optimizer
+
+        def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+            is_new = self.lr_scheduler is None
+            scheduler: Any = super().create_scheduler(policy.period, *args, **kwargs)
+            if is_new and policy.period < policy.total:
+                scheduler.lr_lambdas = [_repeat(factor, policy.period) for factor in scheduler.lr_lambdas]
+            return scheduler
 
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
             objective.step = self.state.global_step
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+            if self.accelerator.sync_gradients:
+                policy.after_backward_()
+            return loss
 
+    sgd = (torch.optim.SGD, {"lr": stage.learning_rate, "momentum": SGD_MOMENTUM}) if stage.optimizer == "sgd" else None
+    warmup = stage.warmup_steps if stage.warmup_steps is not None else round(stage.warmup * policy.period)
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=total_steps,
+        max_steps=policy.total,
         per_device_train_batch_size=stage.batch_size,
         learning_rate=stage.learning_rate,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(stage.schedule, stage.schedule),
-        warmup_steps=round(stage.warmup * total_steps),
+        warmup_steps=warmup,
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
         seed=seed,
@@ -137,32 +176,20 @@ def finetune_(
         remove_unused_columns=False,
         report_to=[],
         disable_tqdm=True,
-        logging_steps=max(1, total_steps // 10),
+        logging_steps=max(1, policy.total // 10),
         save_strategy="no",
         save_total_limit=1,
     )
-    progress = TrainingProgress(title, total_steps, save_seconds)
-    trainer = StageTrainer(
-        model=objective,
-        args=arguments,
-        train_dataset=_Rows(data.features),
-        data_collator=data.collate,
-        callbacks=[progress],
-    )
-    from transformers.trainer_callback import PrinterCallback
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process, one GPU: replicas of the student would not share its masks
+    # Every process computes the policy's state for itself; sending it around at each step would double the traffic.
+    ignored = [f"policy.{name}" for name, _ in policy.named_buffers()]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, ignored)
+    return StageTrainer
 
-    trainer.remove_callback(PrinterCallback)
-    last = last_complete_checkpoint(folder)
-    result = trainer.train(resume_from_checkpoint=str(last) if last else None)
-    for _, quantizer in quantizers(student):
-        quantizer.clamp_()
-    student.eval()
-    return {
-        "steps": float(result.global_step),
-        "seconds": round(float(result.metrics["train_runtime"]), 1),
-        "resumed_at": float(last.name.split("-")[1]) if last else 0.0,
-        "loss": round(progress.last_loss, 6),
-    }
+
+def _repeat(factor: Callable[[int], float], period: int) -> Callable[[int], float]:
+    return lambda step: factor(step % period)
 
 
 def give_scales_their_rate_(optimizer: torch.optim.Optimizer, student: nn.Module) -> None:
@@ -174,31 +201,24 @@ def give_scales_their_rate_(optimizer: torch.optim.Optimizer, student: nn.Module
     arXiv:1902.08153, section 2.2).
     """
     rate = optimizer.param_groups[0]["lr"]
-    groups = []
+    groups, spreads = [], []
     for _, module, parametrization in compressed_weights(student):
         rms = float(latent_OI(module, parametrization).detach().square().mean().sqrt())
         for quantizer in (parametrization.quantizer, module._modules.get(INPUT_QUANTIZER)):
             if isinstance(quantizer, LsqQuantizer) and quantizer.active and rms > 0:
                 relative = float(quantizer.scale.detach().mean()) / rms
                 groups.append({"params": [quantizer.scale], "weight_decay": 0.0, "lr": rate * relative})
+        spreads.append(rms)
+    of_gemms = {id(parameter) for group in groups for parameter in group["params"]}
+    for _, quantizer in quantizers(student):  # of attention maps: beside no weight, so the mean over the GEMMs
+        if isinstance(quantizer, LsqQuantizer) and quantizer.active and id(quantizer.scale) not in of_gemms and spreads:
+            relative = float(quantizer.scale.detach().mean()) * len(spreads) / sum(spreads)
+            groups.append({"params": [quantizer.scale], "weight_decay": 0.0, "lr": rate * relative})
     own = {id(parameter) for group in groups for parameter in group["params"]}
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
     for group in groups:
         optimizer.add_param_group(group)
-
-
-class _Rows(torch.utils.data.Dataset[Mapping[str, Any]]):
-    """The features as the map-style dataset that the Trainer expects."""
-
-    def __init__(self, features: Sequence[Mapping[str, Any]]) -> None:
-        self.features = features
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return self.features[index]
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
@@ -207,7 +227,7 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     for path in found:
         if _is_complete(path):
             return path
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # several processes come here at once
     return None
 
 
@@ -218,5 +238,7 @@ def _is_complete(path: Path) -> bool:
             tensors.keys()
     except (OSError, ValueError, SafetensorError):
         return False
-    written_last = all((path / name).is_file() for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    random_states = ["rng_state.pth"] if world == 1 else [f"rng_state_{rank}.pth" for rank in range(world)]
+    written_last = all((path / name).is_file() for name in ("optimizer.pt", "scheduler.pt", *random_states))
     return written_last and int(state["global_step"]) == int(path.name.split("-")[1])

@@ -1,13 +1,26 @@
-"""The training progress bar, and the clock that asks the Trainer for a checkpoint."""
+"""The Trainer callbacks of a stage: progress bar, the clock that asks for a checkpoint, and the hooks of mask policy,
+dropout schedule and evaluation."""
 
 from __future__ import annotations
 
+import random
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .attached import quantizers
+from .dropout import ScheduledDropout
+from .journal import Journal
+from .objective import TrainingError
+from .policies import Policy
 
 
 class TrainingProgress(TrainerCallback):
@@ -54,3 +67,75 @@ class TrainingProgress(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._bar.stop()
+
+
+class StageHooks(TrainerCallback):
+    """Calls the mask policy and the dropout schedule, keeps scales positive, evaluates each epoch, and logs.
+
+    Everything happens before the Trainer may save after a step, so that a checkpoint holds all of that step.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        policy: Policy,
+        dropout: ScheduledDropout | None,
+        journal: Journal,
+        steps_per_epoch: int,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None,
+    ) -> None:
+        self.student, self.policy, self.dropout, self.journal = student, policy, dropout, journal
+        self.steps_per_epoch, self.evaluate = steps_per_epoch, evaluate
+        self._learned = [quantizer for _, quantizer in quantizers(student) if list(quantizer.parameters())]
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.journal.resume_(state.global_step)
+        for record in self.policy.start_(state.global_step):
+            self.journal.write(state.global_step, record)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.dropout is not None:
+            self.dropout.set_(state.global_step)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        step = state.global_step + 1  # the Trainer counts it only after this event
+        for quantizer in self._learned:
+            quantizer.clamp_()
+        try:
+            records = self.policy.after_step_(step, optimizer, self._epoch_ends(step))
+        except ValueError as error:
+            cure = "lower the learning rate" + (" or rho" if self.policy.method == "admm" else "")
+            raise TrainingError(
+                f"policy {self.policy.method} cannot rank the weights after step {step}: {error}; {cure}"
+            ) from error
+        for record in records:
+            self.journal.write(step, record)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        step = state.global_step
+        if self.evaluate is None or not self._epoch_ends(step):
+            return
+        with self.policy.pruned(), same_random_state(), torch.no_grad():
+            self.student.eval()  # the Trainer's next step switches back
+            found = self.evaluate(self.student)
+        self.journal.write(step, {"kind": "evaluation", "epoch": step / self.steps_per_epoch, **found})
+
+    def _epoch_ends(self, step: int) -> bool:
+        return step % self.steps_per_epoch == 0 or step == self.policy.total
+
+
+@contextmanager
+def same_random_state() -> Iterator[None]:
+    """Whatever draws random numbers inside, training goes on as if it had not."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
