@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..models import adapter_for
-from ..models.adapter import find_sites
-from ..models.dense import logits
-from .distill import FeatureTap, hard_loss, mixed_loss
-from .stages import Finetune
+from .distill import Pair, full_precision, hard_loss, mixed_terms
+from .heads import Batch, DistillError
+from .observe import Observed, Observer, available_points, compared_points
+from .patient import patient_terms
+from .stages import Finetune, Patient
+from .teacher_cache import TeacherCache
 
-Batch = dict[str, Tensor]
+__all__ = ["Batch", "Objective", "TrainingError"]
 
 
 class TrainingError(RuntimeError):
@@ -25,45 +27,88 @@ class Objective(nn.Module):
 
     It is not a ``PreTrainedModel`` on purpose: the Trainer then saves exactly ``state_dict()``, without the renaming
     of keys that ``save_pretrained`` does for some architectures.
+
+    Args:
+        student: with a head; which task it is follows from head and batch (`heads.task_kind`).
+        teacher: a model, which is frozen and put into evaluation mode, or its outputs on disk; the batches then carry
+            ``sample_id`` (`teacher_cache.Numbered`).
+        augment: batch, generator -> batch.
+
+    Attributes:
+        step: set before each step; augmentation depends on it and the seed alone.
+        penalty: an addition to the loss, called at each step, or None.
+        terms: the weighted terms of the last loss, detached.
+        projections: with ``project: true``, one linear map per pair from the student's width to the teacher's, trained
+            with the student and no part of it (Romero et al. 2015, FitNets, section 2.2).
+
+    Raises:
+        DistillError: teacher and student that cannot be compared. Nothing was changed then.
     """
 
-    def __init__(self, student: nn.Module, stage: Finetune, teacher: nn.Module | None, augment: Any, seed: int) -> None:
+    def __init__(
+        self, student: nn.Module, stage: Finetune, teacher: nn.Module | TeacherCache | None, augment: Any, seed: int
+    ) -> None:
         super().__init__()
-        self.student = student
         self.stage, self.augment, self.seed = stage, augment, seed
         self.step = 0
-        # In a tuple: the teacher is no submodule, so it is neither trained nor saved nor put into training mode.
-        self._teacher = (teacher,)
-        if stage.distill is not None:
-            assert teacher is not None
-            kinds = stage.distill.features if stage.distill.feature else ()
-            self._taps = tuple(FeatureTap(find_sites(m, adapter_for(m)), kinds) for m in (student, teacher))
+        self.penalty: Callable[[], Tensor | None] | None = None
+        self.terms: dict[str, Tensor] = {}
+        config = stage.distill
+        ours, theirs = [], []
+        if config is not None:
+            if teacher is None:
+                raise DistillError("this stage distils and has no teacher: pass the teacher, or leave out `distill`")
+            if isinstance(teacher, TeacherCache) and augment is not None:
+                raise DistillError("cached teacher outputs are those of the plain data: set cache: false to augment")
+            of_teacher = teacher.available if isinstance(teacher, TeacherCache) else available_points(teacher, config)
+            pairs = compared_points(available_points(student, config), of_teacher, config)
+            ours, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        self.student = student
+        # Observers are no modules: the teacher is neither trained nor saved nor put into training mode.
+        only_first = isinstance(config, Patient) and config.token == "first"
+        self._observe_student = Observer(student, ours, only_first)
+        self._observe_teacher: Callable[[Batch, Observed], Observed] | None = None
+        if isinstance(teacher, TeacherCache) and config is not None:
+            self._observe_teacher = teacher.reader(theirs)
+        elif isinstance(teacher, nn.Module) and config is not None:
+            teacher.requires_grad_(False).eval()
+            observer = Observer(teacher, theirs, only_first)
+            self._observe_teacher = lambda batch, _: observer(batch)
+        self.projections = nn.ModuleList()
+        if config is not None and getattr(config, "project", False):
+            self.projections.extend(nn.Linear(a.width, b.width) for a, b in zip(ours, theirs, strict=True))
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         if self.augment is not None:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
             batch = self.augment(batch, generator)
-        labels, teacher, config = batch.get("labels"), self._teacher[0], self.stage.distill
-        if teacher is None or config is None:
-            loss = hard_loss(logits(self.student, batch).float(), labels)
-        else:
-            student_tap, teacher_tap = self._taps
-            with torch.no_grad(), teacher_tap:
-                teacher_BC = logits(teacher, batch).float()
-            with student_tap:
-                student_BC = logits(self.student, batch).float()
-            loss = mixed_loss(
-                config,
-                student_BC,
-                teacher_BC,
-                labels,
-                student_tap.features,
-                teacher_tap.features,
-                batch.get("attention_mask"),
-            )
+        terms = self._terms(batch)
+        if self.penalty is not None and (penalty := self.penalty()) is not None:
+            terms["penalty"] = penalty
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        loss = torch.stack([*terms.values()]).sum()
         if not torch.isfinite(loss):
-            raise TrainingError(f"the loss is {loss.item()} at step {self.step}: lower the learning rate")
+            found = ", ".join(f"{name} {float(term):g}" for name, term in self.terms.items())
+            raise TrainingError(f"the loss is {loss.item()} at step {self.step} ({found}): lower the learning rate")
         return {"loss": loss}
+
+    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+        config = self.stage.distill
+        if config is None or self._observe_teacher is None:
+            student = self._observe_student(batch)
+            return {"hard": hard_loss(student.scores, student.given)}
+        student = self._observe_student(batch)
+        with torch.no_grad():
+            teacher = self._observe_teacher(batch, student)
+        pairs = []
+        for index, (ours, theirs) in enumerate(zip(student.features, teacher.features, strict=True)):
+            if ours is not None and theirs is not None:
+                ours = self.projections[index](ours) if self.projections else ours
+                pairs.append(Pair(ours, theirs, student.masks[index]))
+        scores = full_precision(student.scores), full_precision(teacher.scores)
+        if isinstance(config, Patient):
+            return patient_terms(config, *scores, student.given, pairs)
+        return mixed_terms(config, *scores, student.given, pairs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The student's tensors; a tensor under two names (tied weights) is saved once, as safetensors demands."""
