@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,18 +23,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..models import all_adapters
+from ..models import adapter_named
 from ..models.adapter import find_sites
 from ..models.dense import build, describe, logits
 from ..models.example import example_batch
 from ..models.folders import save_config
 from .atomic import recover_, replaced_folder, sha256
-from .pack import input_scales, pack, unpack
+from .attention_doors import attach_attention_
+from .pack import pack, unpack, without_tied
 from .plan import Plan
+from .quantizers import map_quantizer
 from .recipe import Recipe
-from .runtime import int8_supported, use_input_scales_, use_int8_
+from .runtime import int8_supported, use_int8_, use_int8_embeddings_, use_quantized_inputs_
+from .runtime.inputs import stretch_
+from .upgrade import FORMAT_VERSION, upgraded
 
-FORMAT_VERSION = 1
 MANIFEST, WEIGHTS, GOLDEN = "squeezoo.json", "weights.safetensors", "golden.safetensors"
 Backend = Literal["auto", "int8", "reference", "dense"]
 Resolved = Literal["int8", "reference", "dense"]
@@ -95,13 +98,13 @@ def save_checkpoint(
         PackError: the model does not fit the plan. OSError: the disk (nothing has changed then).
     """
     folder = Path(folder)
-    tensors = pack(model, plan, recipe.storage)
     description = describe(model)
+    tensors = without_tied(pack(model, plan, recipe.storage), build(description), plan)
     batch = example_batch(model)
     reference = assemble(description, tensors, plan, "reference")
     with torch.inference_mode():
         output = logits(reference, batch).float()
-    sensitivity = _flip_sensitivity(description, tensors, plan, batch, output)
+    sensitivity = _flip_sensitivity(reference, batch, output)
     golden = {**{f"input.{key}": value for key, value in batch.items()}, "output": output}
     with replaced_folder(folder) as fresh:
         save_file(tensors, fresh / WEIGHTS)
@@ -121,20 +124,16 @@ def save_checkpoint(
     return folder
 
 
-def _flip_sensitivity(
-    description: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    plan: Plan,
-    batch: Mapping[str, Tensor],
-    output: Tensor,
-) -> float:
+@torch.inference_mode()
+def _flip_sensitivity(reference: nn.Module, batch: Mapping[str, Tensor], output: Tensor) -> float:
     """See `Manifest.flip_sensitivity`."""
-    changes = []
-    for shift in (-1e-5, -3e-6, 3e-6, 1e-5) if input_scales(tensors, plan) else ():
-        shifted = {name: t * (1 + shift) if name.endswith(".input_scale") else t for name, t in tensors.items()}
-        with torch.inference_mode():
-            changes.append(relative_distance(logits(assemble(description, shifted, plan, "reference"), batch), output))
-    return max(changes, default=0.0)
+    changes = [0.0]
+    for factor in (1 - 1e-5, 1 - 3e-6, 1 + 3e-6, 1 + 1e-5):
+        if not stretch_(reference, factor):
+            break
+        changes.append(relative_distance(logits(reference, batch).float(), output))
+    stretch_(reference, 1.0)
+    return max(changes)
 
 
 def load_manifest(folder: str | Path) -> Manifest:
@@ -152,11 +151,11 @@ def load_manifest(folder: str | Path) -> Manifest:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         version = data["format_version"]
-        if version != FORMAT_VERSION:
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise CheckpointError(
-                f"{path} has format version {version}, this Squeezoo reads {FORMAT_VERSION}: upgrade Squeezoo"
+                f"{path} has format version {version}, this Squeezoo reads 1 to {FORMAT_VERSION}: upgrade Squeezoo"
             )
-        return Manifest.from_dict(data)
+        return Manifest.from_dict(upgraded(data))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; get the checkpoint again") from error
 
@@ -214,8 +213,8 @@ def resolve_backend(backend: Backend, device: str, manifest: Manifest) -> Resolv
     supported, reason = int8_supported()
     if not device.startswith("cpu"):
         supported, reason = False, f"the int8 backend runs on the CPU, not on {device}"
-    if not any(gemm.input_bits == 8 for gemm in manifest.plan.gemms):
-        supported, reason = False, f"recipe {manifest.recipe.name} has no GEMM with 8-bit inputs"
+    if not any(gemm.input for gemm in manifest.plan.gemms):
+        supported, reason = False, f"recipe {manifest.recipe.name} has no GEMM with quantized inputs"
     if backend == "int8" and not supported:
         raise CheckpointError(f"backend int8 cannot run: {reason}; use backend='reference'")
     return "int8" if supported else "reference"
@@ -229,23 +228,44 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def assemble(description: Mapping[str, Any], tensors: Mapping[str, Tensor], plan: Plan, backend: Resolved) -> nn.Module:
-    """Build the module tree and fill it with the packed tensors."""
+    """Build the module tree and fill it with the packed tensors.
+
+    ``dense`` leaves out everything that is not plain weights: rounded inputs and N:M attention maps.
+
+    Raises:
+        PackError: tensors that contradict the plan. CheckpointError: tensors that the model lacks or does not know.
+    """
     model = build(description)
-    unpacked = unpack(tensors, plan, keep_int8=backend == "int8")
-    result = model.load_state_dict(unpacked.state, strict=False)
-    expected = {f"{name}.weight" for name in unpacked.int8}
-    if missing := sorted(set(result.missing_keys) - expected):
+    integer = backend == "int8"
+    unpacked = unpack(tensors, plan, keep_int8=integer)
+    sites = find_sites(model, adapter_named(plan.adapter)) if integer else None
+    _fill_(model, unpacked.state, {f"{name}.weight" for name in unpacked.gemms})
+    if backend == "dense":
+        return model.eval()
+    if sites is not None:
+        use_int8_(model, sites, unpacked.gemms)
+        use_int8_embeddings_(model, unpacked.tables)
+    use_quantized_inputs_(model, unpacked.inputs)
+    if plan.attention:  # after the GEMMs: a door may hook the very modules that were replaced
+        for name, compressor in attach_attention_(model, plan.attention, map_quantizer).items():
+            compressor.load_state_dict(unpacked.maps[name])
+    return model.eval()
+
+
+def _fill_(model: nn.Module, state: Mapping[str, Tensor], replaced: Collection[str]) -> None:
+    """Load a state dict in which only ``replaced`` and the second names of tied parameters may be missing."""
+    result = model.load_state_dict(state, strict=False)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    filled = {id(parameter) for name, parameter in parameters.items() if name in state}
+    missing = [
+        name
+        for name in sorted(set(result.missing_keys) - set(replaced))
+        if name not in parameters or id(parameters[name]) not in filled
+    ]
+    if missing:
         raise CheckpointError(f"the weight file lacks {missing[0]} ({len(missing)} tensors missing)")
     if result.unexpected_keys:
         raise CheckpointError(f"the weight file has {result.unexpected_keys[0]}, which the model does not know")
-    if backend == "dense":
-        return model.eval()
-    if unpacked.int8:
-        use_int8_(model, find_sites(model, all_adapters()[plan.adapter]), unpacked.int8)
-    scales = {name: scale for name, scale in input_scales(tensors, plan).items() if name not in unpacked.int8}
-    bits = {gemm.name: gemm.input_bits for gemm in plan.gemms}
-    use_input_scales_(model, {name: (scale, bits[name] or 8) for name, scale in scales.items()})
-    return model.eval()
 
 
 def relative_distance(output: Tensor, golden: Tensor) -> float:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .masks import Pattern, check_nm, nm_mask
 
+IndexForm = Literal["per_value", "combinatorial", "bitmap", "pairs"]
+
 
 @torch.no_grad()
 def compress_nm(w_OI: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
@@ -153,29 +155,59 @@ def packed_bytes(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
 
+@torch.no_grad()
+def pack_integers(q_OC: Tensor, bits: int) -> Tensor:
+    """Signed integers of ``bits`` bits: int8 [..., C] -> the same for 8 bits, else uint8 [..., ceil(C * bits / 8)].
+
+    Below 8 bits each value is stored plus 2^(bits-1), so as a number without sign.
+
+    Raises:
+        ValueError: ``bits`` not in 1..8, not int8, or a value outside -2^(bits-1) .. 2^(bits-1) - 1.
+    """
+    _check_bits(bits)
+    half = 1 << (bits - 1)
+    if q_OC.dtype != torch.int8:
+        raise ValueError(f"expected int8 values to pack, found {q_OC.dtype}")
+    if q_OC.numel() and not (-half <= int(q_OC.min()) and int(q_OC.max()) < half):
+        found = f"{int(q_OC.min())} to {int(q_OC.max())}"
+        raise ValueError(f"expected values {-half} to {half - 1} for {bits} bits, found {found}")
+    return q_OC.contiguous() if bits == 8 else pack_bits((q_OC.to(torch.int16) + half).to(torch.uint8), bits)
+
+
+@torch.no_grad()
+def unpack_integers(packed_OB: Tensor, bits: int, count: int) -> Tensor:
+    """Inverse of :func:`pack_integers`: rows of ``count`` values, int8.
+
+    Raises:
+        ValueError: ``bits`` not in 1..8, a wrong dtype, or rows of another length than ``count`` values need.
+    """
+    if bits == 8:
+        if packed_OB.dtype != torch.int8 or packed_OB.shape[-1] != count:
+            raise ValueError(f"expected int8 rows of {count} values, found {packed_OB.dtype} {tuple(packed_OB.shape)}")
+        return packed_OB
+    return (unpack_bits(packed_OB, bits, count).to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+
+
 def index_bits(pattern: Pattern) -> int:
     """Bits of one stored index: ceil(log2 M), at least 1."""
     return max(1, (pattern.m - 1).bit_length())
 
 
-def bits_per_weight(
-    pattern: Pattern | None, value_bits: int, index: Literal["per_value", "combinatorial"] = "per_value"
-) -> float:
-    """Stored bits per weight of the dense matrix, N (b + i) / M; ``value_bits`` when there is no pattern.
+def bits_per_weight(pattern: Pattern | None, value_bits: int, index: IndexForm = "per_value") -> float:
+    """Stored bits per weight of the dense matrix; ``value_bits`` when there is no pattern.
 
-    ``combinatorial`` counts ceil(log2 C(M, N)) index bits per group instead of N * ceil(log2 M); it is a bound to
-    compare with, not a format that is written.
+    Args:
+        index: ``per_value``, the form that is written: N (b + i) / M with i = ceil(log2 M). The others are to compare
+            with: ``combinatorial`` ceil(log2 C(M, N)) bits per group; ``bitmap`` M bits per group; ``pairs`` the INT4
+            form of A100 tensor cores, which keeps N of M *pairs* of values, one index for both.
     """
     if pattern is None:
         return float(value_bits)
-    if index == "combinatorial":
-        group_index_bits = (math.comb(pattern.m, pattern.n) - 1).bit_length()
-    else:
-        group_index_bits = pattern.n * index_bits(pattern)
-    return (pattern.n * value_bits + group_index_bits) / pattern.m
+    bits, weights = _group(pattern, value_bits, index)
+    return bits / weights
 
 
-def paper_bytes(shape: Sequence[int], pattern: Pattern | None, value_bits: int) -> int:
+def paper_bytes(shape: Sequence[int], pattern: Pattern | None, value_bits: int, index: IndexForm = "per_value") -> int:
     """Bytes of one weight of ``shape`` as the papers count: values and indices only, rounded up to a whole byte.
 
     Scales, biases and the padding of ragged tails are not counted (GPUSQ-TLM, Table 1; Deep Compression, section 4).
@@ -183,4 +215,20 @@ def paper_bytes(shape: Sequence[int], pattern: Pattern | None, value_bits: int) 
     numel = math.prod(shape)
     if pattern is None:
         return packed_bytes(numel, value_bits)
-    return -(-numel * pattern.n * (value_bits + index_bits(pattern)) // (8 * pattern.m))
+    bits, weights = _group(pattern, value_bits, index)
+    return -(-numel * bits // (8 * weights))
+
+
+def _group(pattern: Pattern, value_bits: int, index: IndexForm) -> tuple[int, int]:
+    """(bits, weights) of the smallest whole group."""
+    n, m = pattern.n, pattern.m
+    if index == "pairs":
+        return n * (2 * value_bits + index_bits(pattern)), 2 * m
+    if index == "combinatorial":
+        return n * value_bits + (math.comb(m, n) - 1).bit_length(), m
+    return n * value_bits + (m if index == "bitmap" else n * index_bits(pattern)), m
+
+
+def attention_row_bits(keys: int, pattern: Pattern, value_bits: int) -> int:
+    """Bits of one row of an N:M attention map over ``keys`` keys: ceil(L / M) * N * (b + log2 M)."""
+    return -(-keys // pattern.m) * pattern.n * (value_bits + index_bits(pattern))

@@ -72,6 +72,10 @@ def verify(folder: str | Path) -> Verification:
     flips = SENSITIVITY_FACTOR * manifest.flip_sensitivity
     reference_error = error("reference", max(REFERENCE_TOLERANCE, flips))
     runnable = resolve_backend("auto", "cpu", manifest) == "int8"
-    reason = "" if runnable else "not run: " + (int8_supported()[1] or "no GEMM with 8-bit inputs")
+    reason = (
+        ""
+        if runnable
+        else "not run: " + (int8_supported()[1] if not int8_supported()[0] else "no GEMM with quantized inputs")
+    )
     int8_error = error("int8", max(INT8_TOLERANCE, flips)) if runnable else None
     return Verification(manifest.name, len(manifest.files), reference_error, int8_error, reason)

@@ -12,7 +12,8 @@ def measure_size(checkpoint: str | Path, dense: str | Path) -> Size:
     """Sizes of a checkpoint folder against the folder of its dense model.
 
     The paper size counts the GEMMs of the blocks and the final projection; those that the plan leaves alone count in
-    FP16 on both sides (Yu et al. 2023, Table 1). The true size counts the checkpoint's own files, not the card's.
+    FP16 on both sides (Yu et al. 2023, Table 1). Unstructured zeros count like other values: the papers save nothing by
+    them. The true size counts the checkpoint's own files, not the card's; a bitmap counts among the indices.
 
     Raises:
         CheckpointError: no checkpoint, or a damaged one. FileNotFoundError: no weights in ``dense``.
@@ -20,9 +21,9 @@ def measure_size(checkpoint: str | Path, dense: str | Path) -> Size:
     from safetensors.torch import load_file
 
     from ..compress.checkpoint import MANIFEST, WEIGHTS, check_files, load_manifest
-    from ..compress.pack import unpack
+    from ..compress.pack import forms, unpack
     from ..compress.packing import paper_bytes
-    from ..models import all_adapters
+    from ..models import adapter_named
     from ..models.adapter import find_sites
     from ..models.dense import build
 
@@ -32,9 +33,11 @@ def measure_size(checkpoint: str | Path, dense: str | Path) -> Size:
     tensors = load_file(folder / WEIGHTS)
     planned = {gemm.name: gemm for gemm in manifest.plan.gemms}
 
-    float_bits = {"float16": 16, "float32": 32}[manifest.recipe.storage.values]
+    bits = {
+        form.name: int(form.number.removeprefix("int").removeprefix("float")) for form in forms(tensors, manifest.plan)
+    }
     dense_paper = paper = 0
-    sites = find_sites(build(manifest.model), all_adapters()[manifest.plan.adapter])
+    sites = find_sites(build(manifest.model), adapter_named(manifest.plan.adapter))
     for gemm in (*sites.gemms, *((sites.final,) if sites.final else ())):
         shape = (gemm.out_features, gemm.in_features)
         dense_paper += paper_bytes(shape, None, 16)
@@ -42,15 +45,15 @@ def measure_size(checkpoint: str | Path, dense: str | Path) -> Size:
         if plan is None:
             paper += paper_bytes(shape, None, 16)
         else:
-            paper += paper_bytes(shape, plan.pattern, plan.weight_bits or float_bits)
+            paper += paper_bytes(shape, plan.pattern, bits[gemm.name])
 
     parts: Counter[str] = Counter()
     for name, tensor in tensors.items():
         gemm_name, _, part = name.rpartition(".")
         parts[part if gemm_name in planned else "other"] += tensor.numel() * tensor.element_size()
     total = (folder / MANIFEST).stat().st_size + sum(file["bytes"] for file in manifest.files.values())
-    values, indices = parts["values"], parts["index"]
-    scales = parts["scale"] + parts["input_scale"]
+    values, indices = parts["values"], parts["index"] + parts["bitmap"]
+    scales = parts["scale"] + parts["input_scale"] + parts["input_zero_point"]
     state = unpack(tensors, manifest.plan, keep_int8=False).state
     dense_bytes, dense_dtype = _dense_files(Path(dense))
     return Size(

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ...models.adapter import Gemm, Sites
-from .int8_linear import Activation, Int8Gemm, Int8Linear, Int8Slice, SharedInput, to_levels
+from ..quantizers import InputQuantization
+from .int8_linear import Activation, Int8Gemm, Int8Linear, Int8Slice, SharedInput
+from .levels import Levels, to_levels
 from .reference import QuantizedGemm, planned_gemms
 
 # Roles that read the same tensor, in the order of the rows of their common GEMM.
@@ -95,7 +97,7 @@ def use_int8_(model: nn.Module, sites: Sites, gemms: Mapping[str, QuantizedGemm]
     for group in shared:
         modules |= _slices(group)
     for ffn in fused:
-        modules[ffn.up.name] = _linear(ffn.up, activation=ffn.activation, next_scale=ffn.down.input_scale)
+        modules[ffn.up.name] = _linear(ffn.up, activation=ffn.activation, next_input=ffn.down.input)
         modules[ffn.activation_name] = nn.Identity()
         modules[ffn.down.name] = _linear(ffn.down, takes_levels=True)
     single = tuple(gemm for _, gemm in pairs if gemm.name not in modules)
@@ -115,16 +117,17 @@ def use_int8_(model: nn.Module, sites: Sites, gemms: Mapping[str, QuantizedGemm]
 def _linear(
     gemm: QuantizedGemm,
     activation: Activation | None = None,
-    next_scale: float | None = None,
+    next_input: InputQuantization | None = None,
     takes_levels: bool = False,
 ) -> Int8Linear:
     return Int8Linear(
-        Int8Gemm(gemm.weight_q_OI, gemm.scale_O, gemm.bias_O, gemm.input_scale, activation, next_scale, takes_levels)
+        Int8Gemm(gemm.weight_q_OI, gemm.scale_O, gemm.bias_O, gemm.input, activation, next_input, takes_levels)
     )
 
 
 def _shared_inputs(pairs: Iterable[tuple[Gemm, QuantizedGemm]]) -> list[list[QuantizedGemm]]:
-    """Groups of GEMMs that read one tensor with one scale: siblings in the module tree with roles of one `_SHARING`."""
+    """Groups of GEMMs that read one tensor with the same levels: siblings in the module tree with roles of one of
+    `_SHARING`."""
     found: dict[tuple[str, tuple[str, ...]], list[tuple[str, QuantizedGemm]]] = {}
     for site, gemm in pairs:
         roles = next((roles for roles in _SHARING if site.role in roles), None)
@@ -133,7 +136,7 @@ def _shared_inputs(pairs: Iterable[tuple[Gemm, QuantizedGemm]]) -> list[list[Qua
     groups = []
     for (_, roles), members in found.items():
         present = [role for role, _ in members]
-        inputs = {(gemm.in_features, gemm.input_scale) for _, gemm in members}
+        inputs = {(gemm.in_features, gemm.input) for _, gemm in members}
         if len(members) > 1 and len(set(present)) == len(present) and len(inputs) == 1:
             groups.append([gemm for _, gemm in sorted(members, key=lambda member: roles.index(member[0]))])
     return groups
@@ -149,7 +152,7 @@ def _slices(group: Iterable[QuantizedGemm]) -> dict[str, nn.Module]:
         torch.cat([gemm.weight_q_OI for gemm in group]),
         torch.cat([gemm.scale_O for gemm in group]),
         bias_O,
-        group[0].input_scale,
+        group[0].input,
     )
     shared = SharedInput(whole, tuple(gemm.out_features for gemm in group))
     return {gemm.name: Int8Slice(shared, index) for index, gemm in enumerate(group)}
@@ -164,7 +167,8 @@ class _Ffn:
 
 
 def _fused_ffns(model: nn.Module, sites: Sites, pairs: Iterable[tuple[Gemm, QuantizedGemm]]) -> list[_Ffn]:
-    """Blocks whose two FFN matrices are both replaced, with only a known activation between them."""
+    """Blocks whose two FFN matrices are both replaced, with only a known activation between them. The levels of the
+    second one's input must be known beforehand, so a dynamic input is not fused."""
     in_blocks: dict[int | None, list[tuple[Gemm, QuantizedGemm]]] = {}
     for site, gemm in pairs:
         if site.role.startswith("ffn_"):
@@ -175,7 +179,7 @@ def _fused_ffns(model: nn.Module, sites: Sites, pairs: Iterable[tuple[Gemm, Quan
         if block.activation is None or set(ffn) != {"ffn_up", "ffn_down"}:
             continue
         activation = _known_activation(model.get_submodule(block.activation))
-        if activation is not None:
+        if activation is not None and ffn["ffn_down"].input.kind == "static":
             fused.append(_Ffn(ffn["ffn_up"], activation, block.activation, ffn["ffn_down"]))
     return fused
 
@@ -202,15 +206,18 @@ def _vnni() -> str:
 
 def _is_exact() -> bool:
     """Both kernels against int64 arithmetic, on the largest sums, where instructions without VNNI saturate."""
-    levels_TI = torch.tensor([[127, 127], [-127, 127], [-127, -127], [-127, 126]]).repeat(9, 24)
-    weight_OI = torch.tensor([[127, 127], [-127, 127], [1, -127]]).repeat(7, 24)
-    expected_TO = levels_TI @ weight_OI.t()
-    gemm = Int8Gemm(weight_OI.to(torch.int8), torch.ones(weight_OI.shape[0]), None, 1.0)
+    level_TI = torch.tensor([[127, 127], [-127, 127], [-127, -127], [-127, 126]]).repeat(9, 24)
+    weight_OI = torch.tensor([[127, 127], [-127, 127], [1, -127], [-128, -128]]).repeat(7, 24)
+    symmetric = InputQuantization("static", 8, 1.0, 0, -127, 127)
+    asymmetric = InputQuantization("static", 8, 1.0, 127, 0, 255)
+    results: list[Tensor] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch 2.13 says once per process that quantize_per_tensor will go
-        x_TI = levels_TI.float()
-        results: list[Tensor] = [
-            gemm._run_plain(to_levels(x_TI, 1.0, signed=True), None),
-            gemm._run_packed(to_levels(x_TI, 1.0, signed=False), None),
-        ]
+        x_TI = level_TI.float()
+        for found in (symmetric, asymmetric):
+            gemm = Int8Gemm(weight_OI.to(torch.int8), torch.ones(weight_OI.shape[0]), None, found)
+            levels = Levels.of(found, x_TI)
+            results.append(gemm._run_plain(to_levels(x_TI, levels, signed=True), levels, None))
+            results.append(gemm._run_packed(to_levels(x_TI, levels, signed=False), levels, None))
+    expected_TO = level_TI @ weight_OI.t()
     return all(bool((y_TO == expected_TO).all()) for y_TO in results)

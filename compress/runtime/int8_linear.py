@@ -1,14 +1,15 @@
-"""Linear modules that multiply integers: int8 weights, inputs rounded to 255 levels, float results.
+"""Linear modules that multiply integers: int8 weights, inputs rounded to at most 256 levels, float results.
 
-    y_TO = s_x * s_O * (levels_TI @ q_OI^T) + b_O,   levels = round(clamp(x / s_x, -127, 127))
+    y_TO = s_x * s_O * ((levels_TI - z_x) @ q_OI^T) + b_O,   levels = clamp(round(x / s_x) + z_x, low, high)
 
 Two kernels of PyTorch compute it. Their sums are exact int32, so they differ by the rounding of floats only.
 
 * packed: oneDNN's matmul on weights reordered once, with scales, bias and activation inside. Its input must be uint8: a
-  signed input falls to a reference kernel thousands of times slower. So it gets level + 128 and the zero point 128,
-  which makes the same integers.
-* plain: ``torch._int_mm`` on the weights as they are and int8 levels. It starts in some 5 microseconds instead of 25,
-  but reorders the weights at every call and needs a second pass for scales and bias: the better one for few rows.
+  signed input falls to a reference kernel thousands of times slower. So symmetric levels get 128 added and the zero
+  point 128, which makes the same integers.
+* plain: ``torch._int_mm`` on the weights as they are and int8 levels (asymmetric ones minus 128). It starts in some 5
+  microseconds instead of 25, but reorders the weights at every call and needs a second pass for scales and bias (a
+  third for a zero point): the better one for few rows.
 
 The dtype of a tensor of levels says for which of the two it was made. Legend: T rows (tokens of the whole batch),
 I in_features, O out_features.
@@ -23,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .reference import LARGEST_LEVEL
+from ..quantizers import InputQuantization
+from .levels import SIGN, Levels, to_levels
 
-ZERO_POINT = 128
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 _CAST = frozenset({torch.float16, torch.bfloat16, torch.float64})  # computed in float32, cast in and out
 
@@ -49,33 +50,15 @@ def prefers_plain(rows: int, out_features: int, in_features: int, activated: boo
     return out_features * in_features <= 600_000 and rows * out_features <= (16_384 if activated else 131_072)
 
 
-def to_levels(x_TI: Tensor, scale: float, signed: bool) -> Tensor:
-    """``round(clamp(x / scale, -127, 127))`` as int8, or plus 128 as uint8. A NaN becomes some level."""
-    if not hasattr(torch, "quantize_per_tensor"):
-        return to_levels_by_arithmetic(x_TI, scale, signed)
-    # Deprecated since PyTorch 2.13, but one pass instead of four. The storage of its result is taken over: int_repr()
-    # would copy it. It saturates at level -128, which the quantizer does not have.
-    zero_point, quantized, integer = (0, torch.qint8, torch.int8) if signed else (128, torch.quint8, torch.uint8)
-    found = torch.quantize_per_tensor(x_TI, scale, zero_point, quantized)
-    levels = torch.empty(0, dtype=integer).set_(found.untyped_storage(), 0, found.shape, found.stride())
-    return levels.clamp_(min=zero_point - LARGEST_LEVEL)
-
-
-def to_levels_by_arithmetic(x_TI: Tensor, scale: float, signed: bool) -> Tensor:
-    """The same for a PyTorch without quantized tensors."""
-    levels = x_TI.detach().mul(1.0 / scale).round_().clamp_(-LARGEST_LEVEL, LARGEST_LEVEL)
-    return levels.to(torch.int8) if signed else levels.add_(ZERO_POINT).to(torch.uint8)
-
-
 class Int8Gemm:
     """One weight matrix ready to multiply. It holds the weights plain and packed: 2 bytes for each.
 
     Args:
         weight_q_OI: int8 [O, I]. scale_O: float32 [O]. bias_O: float32 [O] or None.
-        input_scale: step of the levels of the input.
+        input: the levels of the input.
         activation: applied to the result.
-        next_scale: emit the result as levels of this step, for the next GEMM, instead of float.
-        takes_levels: accept such levels as input; they have the step ``input_scale``.
+        next_input: emit the result as these (static) levels, for the next GEMM, instead of float.
+        takes_levels: accept such levels as input; they are those of ``input``.
     """
 
     def __init__(
@@ -83,17 +66,17 @@ class Int8Gemm:
         weight_q_OI: Tensor,
         scale_O: Tensor,
         bias_O: Tensor | None,
-        input_scale: float,
+        input: InputQuantization,
         activation: Activation | None = None,
-        next_scale: float | None = None,
+        next_input: InputQuantization | None = None,
         takes_levels: bool = False,
     ) -> None:
         self.weight_q_OI = weight_q_OI.detach().contiguous()
         self.scale_O = scale_O.detach().contiguous()
         self.bias_O = None if bias_O is None else bias_O.detach().contiguous()
-        self.input_scale = input_scale
+        self.input = input
         self.activation: Activation | None = activation
-        self.next_scale = next_scale
+        self.next_input = next_input
         self.takes_levels = takes_levels
         self.out_features, self.in_features = weight_q_OI.shape
         self._pack()
@@ -102,7 +85,11 @@ class Int8Gemm:
         self._packed = torch.ops.onednn.qlinear_prepack(self.weight_q_OI, None)
         self._zero_points_O = torch.zeros(self.out_features, dtype=torch.int32)
         self._weight_q_IO = self.weight_q_OI.t()
-        self._step_O = self.scale_O * self.input_scale
+        self._sum_O = self.weight_q_OI.sum(1, dtype=torch.int32)
+        none = self.scale_O.new_zeros(0)
+        self._levels = Levels.of(self.input, none) if self.input.kind == "static" else None
+        self._next = None if self.next_input is None else Levels.of(self.next_input, none)
+        self._step_O = None if self._levels is None else self.scale_O * self._levels.scale
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the packed weights: oneDNN's tensors can be neither copied nor pickled."""
@@ -123,50 +110,60 @@ class Int8Gemm:
         if not shape or shape[-1] != self.in_features:
             raise ValueError(f"expected an input of {self.in_features} features, found the shape {list(shape)}")
         x_TI = x if len(shape) == 2 else x.reshape(-1, self.in_features)
-        next_scale = self.next_scale
+        emitted = self._next
+        levels = self._levels
         if dtype is torch.float32 or dtype in _CAST:
             if dtype is not torch.float32:
                 x_TI = x_TI.float()
-                next_scale = None  # levels would not tell the next GEMM which dtype the model works in
+                emitted = None  # levels would not tell the next GEMM which dtype the model works in
+            if levels is None:
+                levels = Levels.of(self.input, x_TI)
             plain = prefers_plain(x_TI.shape[0], self.out_features, self.in_features, self.activation is not None)
-            x_TI = to_levels(x_TI, self.input_scale, signed=plain)
-        elif self.takes_levels and dtype in (torch.int8, torch.uint8):
+            x_TI = to_levels(x_TI, levels, signed=plain)
+        elif self.takes_levels and levels is not None and dtype in (torch.int8, torch.uint8):
             plain = dtype is torch.int8
         else:
             raise TypeError(f"expected a floating point input, found {str(dtype).removeprefix('torch.')}")
-        y_TO = self._run_plain(x_TI, next_scale) if plain else self._run_packed(x_TI, next_scale)
+        y_TO = self._run_plain(x_TI, levels, emitted) if plain else self._run_packed(x_TI, levels, emitted)
         if dtype in _CAST:
             y_TO = y_TO.to(dtype)
         return y_TO if len(shape) == 2 else y_TO.view(*shape[:-1], self.out_features)
 
-    def _run_plain(self, levels_TI: Tensor, next_scale: float | None) -> Tensor:
-        y_TO = torch._int_mm(levels_TI, self._weight_q_IO).float()
-        y_TO = y_TO.mul_(self._step_O) if self.bias_O is None else torch.addcmul(self.bias_O, y_TO, self._step_O)
+    def _run_plain(self, level_TI: Tensor, levels: Levels, emitted: Levels | None) -> Tensor:
+        sum_TO = torch._int_mm(level_TI, self._weight_q_IO)
+        if levels.zero_point != SIGN:  # in integers: the result stays exact
+            sum_TO.sub_(self._sum_O * (levels.zero_point - SIGN))
+        y_TO = sum_TO.float()
+        step_O = self.scale_O * levels.scale if self._step_O is None else self._step_O
+        y_TO = y_TO.mul_(step_O) if self.bias_O is None else torch.addcmul(self.bias_O, y_TO, step_O)
         if self.activation == "relu":
             y_TO = F.relu(y_TO)
         elif self.activation is not None:
             y_TO = F.gelu(y_TO, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        return y_TO if next_scale is None else to_levels(y_TO, next_scale, signed=True)
+        return y_TO if emitted is None else to_levels(y_TO, emitted, signed=True)
 
-    def _run_packed(self, levels_TI: Tensor, next_scale: float | None) -> Tensor:
+    def _run_packed(self, level_TI: Tensor, levels: Levels, emitted: Levels | None) -> Tensor:
         post_op, algorithm, smallest = _POST_OPS[self.activation]
         y_TO = torch.ops.onednn.qlinear_pointwise.default(
-            levels_TI,
-            self.input_scale,
-            ZERO_POINT,
+            level_TI,
+            levels.scale,
+            levels.zero_point,
             self._packed,
             self.scale_O,
             self._zero_points_O,
             self.bias_O,
-            1.0 if next_scale is None else next_scale,
-            0 if next_scale is None else ZERO_POINT,
-            torch.float32 if next_scale is None else torch.uint8,
+            1.0 if emitted is None else emitted.scale,
+            0 if emitted is None else emitted.zero_point,
+            torch.float32 if emitted is None else torch.uint8,
             post_op,
             [],
             algorithm,
         )
-        if next_scale is not None and smallest < -LARGEST_LEVEL * next_scale:
-            y_TO.clamp_(min=ZERO_POINT - LARGEST_LEVEL)  # saturated at level -128; GELU reaches it at tiny steps only
+        # It saturates at 0 and 255. GELU and ReLU reach the levels below ``low`` at tiny steps only.
+        if emitted is not None and emitted.high < 255:
+            y_TO.clamp_(emitted.low, emitted.high)
+        elif emitted is not None and smallest < (emitted.low - emitted.zero_point) * emitted.scale:
+            y_TO.clamp_(min=emitted.low)
         return y_TO
 
 

@@ -1,25 +1,23 @@
 """What a quantized GEMM computes, written down slowly: the float32 reference that every fast backend must agree with.
 
-    y_TO = fake(x_TI) @ (q_OI * s_O)^T + b_O,   fake(x) = round(clamp(x / s_x, -Qp, Qp)) * s_x,   Qp = 127 for 8 bits
+    y_TO = fake(x_TI) @ (q_OI * s_O)^T + b_O,   fake(x) = the input rounded to its levels (``inputs.py``)
 
-Symmetric, rounding half to even, one scale per output channel of the weight and one per input tensor: the forward pass
-of LSQ (Esser et al., arXiv:1902.08153, equations 1 and 2) as GPUSQ-TLM (Yu et al., ACL Findings 2023) trains it.
+One scale per output channel of the weight (equal ones where the quantizer has one per tensor), symmetric: the forward
+pass of LSQ (Esser et al., arXiv:1902.08153, equations 1 and 2), SAWB and Q8BERT alike.
 Legend: T rows (tokens of the whole batch), I in_features, O out_features.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...models.adapter import Gemm, Sites
-
-LARGEST_LEVEL = 127
+from ..quantizers import InputQuantization
+from .inputs import FakeQuantizedInput, check_input
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,19 +26,21 @@ class QuantizedGemm:
 
     Args:
         name: full name of the module that it replaces.
-        weight_q_OI: int8 [out_features, in_features]; pruned weights are zeros among the others.
+        weight_q_OI: int8 [out_features, in_features], whatever its width on disk; pruned weights are zeros among the
+            others.
         scale_O: float32 [out_features], positive; the weight is ``weight_q_OI * scale_O[:, None]``.
-        input_scale: step of the input's quantizer, levels -127..127.
+        input: the levels of the input, 2 to 8 bits, static or dynamic.
         bias_O: float32 [out_features], or None.
 
     Raises:
-        ValueError: a wrong type or shape, a scale that is not positive and finite, a bias that is not finite.
+        ValueError: a wrong type or shape, a scale that is not positive and finite, a bias that is not finite, levels
+            that no backend executes.
     """
 
     name: str
     weight_q_OI: Tensor = field(repr=False)
     scale_O: Tensor = field(repr=False)
-    input_scale: float
+    input: InputQuantization
     bias_O: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class QuantizedGemm:
                 raise ValueError(f"{self.name}: expected finite {what}, found {int((~tensor.isfinite()).sum())} others")
         if not bool((self.scale_O > 0).all()):
             raise ValueError(f"{self.name}: expected positive scales, found {float(self.scale_O.min())}")
-        _check_scale(self.name, self.input_scale)
+        check_input(self.name, self.input)
 
     @property
     def out_features(self) -> int:
@@ -87,42 +87,23 @@ def use_reference_(model: nn.Module, sites: Sites, gemms: Mapping[str, Quantized
             bias = getattr(site.module, "bias", None)
             if isinstance(bias, Tensor):
                 bias.copy_(torch.zeros_like(bias) if gemm.bias_O is None else gemm.bias_O)
-    use_input_scales_(model, {gemm.name: (gemm.input_scale, 8) for _, gemm in pairs})
+    use_quantized_inputs_(model, {gemm.name: gemm.input for _, gemm in pairs})
     model.eval()
 
 
-def use_input_scales_(model: nn.Module, scales: Mapping[str, tuple[float, int]]) -> None:
-    """Round the input of each named module to the levels of its quantizer, by a forward pre-hook.
-
-    Args:
-        scales: module name → (step, bits); ``bits`` 2 to 8 give the levels -Qp..Qp with Qp = 2^(bits-1) - 1.
+def use_quantized_inputs_(model: nn.Module, inputs: Mapping[str, InputQuantization]) -> None:
+    """Round the input of each named module to its levels, by a forward pre-hook.
 
     Raises:
-        ValueError: no module of that name, a step that is not positive and finite, bits outside 2..8; nothing has been
-            changed then.
+        ValueError: no module of that name, or levels that `check_input` refuses; nothing has been changed then.
     """
     modules = dict(model.named_modules())
-    for name, (scale, bits) in scales.items():
+    for name, found in inputs.items():
         if name not in modules:
             raise ValueError(f"no module {name!r} in this {type(model).__name__}, so its input cannot be quantized")
-        if not 2 <= bits <= 8:
-            raise ValueError(f"{name}: expected 2 to 8 bits for its input, found {bits}")
-        _check_scale(name, scale)
-    for name, (scale, bits) in scales.items():
-        modules[name].register_forward_pre_hook(FakeQuantizedInput(scale, (1 << (bits - 1)) - 1))
-
-
-@dataclass(frozen=True)
-class FakeQuantizedInput:
-    """Forward pre-hook: ``round(clamp(x / scale, -largest, largest)) * scale`` of the first positional input."""
-
-    scale: float
-    largest: int
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0]
-        levels = (x.float() / self.scale).clamp_(-self.largest, self.largest).round_()
-        return (levels.mul_(self.scale).to(x.dtype), *args[1:])
+        check_input(name, found)
+    for name, found in inputs.items():
+        modules[name].register_forward_pre_hook(FakeQuantizedInput(found))
 
 
 def planned_gemms(
@@ -134,7 +115,8 @@ def planned_gemms(
         ValueError: a name that is no GEMM of ``sites``, a shape that differs from the module's, or ``sites`` that were
             found in another model (a copy, or this one before its modules were replaced).
     """
-    known = {site.name: site for site in (*sites.gemms, *([sites.final] if sites.final is not None else []))}
+    final = [sites.final] if sites.final is not None else []
+    known = {site.name: site for site in (*sites.gemms, *sites.pooler, *final)}
     modules = dict(model.named_modules())
     for name, gemm in gemms.items():
         site = known.get(name)
@@ -154,12 +136,6 @@ def planned_gemms(
                 f"the quantized matrix {[gemm.out_features, gemm.in_features]}"
             )
     return [(site, gemms[name]) for name, site in known.items() if name in gemms]
-
-
-def _check_scale(name: str, scale: float) -> None:
-    # Not below the smallest normal float32: kernels multiply by its reciprocal, which must not overflow.
-    if not (math.isfinite(scale) and scale >= torch.finfo(torch.float32).tiny):
-        raise ValueError(f"{name}: expected a positive, finite input scale, found {scale}; calibrate the input first")
 
 
 def _shown(tensor: Tensor) -> str:

@@ -1,7 +1,11 @@
 """Checkpoints: what is stored comes back, damage is named, a failed save loses nothing."""
 
+import atexit
 import json
 import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +17,8 @@ from squeezoo.compress.checkpoint import CheckpointError, check_files, load, loa
 from squeezoo.compress.pack import PackError, pack, unpack
 from squeezoo.compress.plan import make_plan
 from squeezoo.compress.recipe import Recipe
-from squeezoo.compress.stages import Storage
 from squeezoo.compress.runtime import int8_supported
+from squeezoo.compress.stages import Storage
 from squeezoo.compress.verify import INT8_TOLERANCE, verify
 from squeezoo.models.dense import logits
 from tiny import TINY, tiny_batch
@@ -36,9 +40,18 @@ def attached(name, recipe_name="gpusq-gemm-int8", **storage):
     return model, plan, recipe
 
 
-def saved(folder, name="bert", **storage):
-    model, plan, recipe = attached(name, **storage)
+@cache
+def _made(name):
+    """One checkpoint per architecture; the tests copy it, for making one takes a second."""
+    model, plan, recipe = attached(name)
+    folder = Path(tempfile.mkdtemp()) / name
+    atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
     return save_checkpoint(model, plan, recipe, folder, name=f"tiny-{name}.none.gpusq-gemm-int8", base=BASE)
+
+
+def saved(folder, name="bert"):
+    shutil.copytree(_made(name), folder)
+    return folder
 
 
 @pytest.mark.parametrize("name", list(TINY))
@@ -158,8 +171,8 @@ def test_folders_that_are_no_checkpoint(tmp_path):
         load(tmp_path)
     folder = saved(tmp_path / "c")
     text = (folder / "squeezoo.json").read_text()
-    (folder / "squeezoo.json").write_text(text.replace('"format_version": 1', '"format_version": 99'))
-    with pytest.raises(CheckpointError, match="format version 99, this Squeezoo reads 1"):
+    (folder / "squeezoo.json").write_text(text.replace('"format_version": 2', '"format_version": 99'))
+    with pytest.raises(CheckpointError, match="format version 99, this Squeezoo reads 1 to 2"):
         load(folder)
     (folder / "squeezoo.json").write_text(text[:300])
     with pytest.raises(CheckpointError, match="is damaged"):
@@ -195,7 +208,7 @@ def test_an_unknown_or_impossible_backend(tmp_path):
         load(folder, backend="int8", device="cuda")
     model, plan, recipe = attached("bert", "magnitude-2-4")
     save_checkpoint(model, plan, recipe, tmp_path / "m", name="n", base=BASE)
-    with pytest.raises(CheckpointError, match="no GEMM with 8-bit inputs"):
+    with pytest.raises(CheckpointError, match="no GEMM with quantized inputs"):
         load(tmp_path / "m", backend="int8")
     assert load(tmp_path / "m") is not None
 
@@ -233,7 +246,8 @@ def test_a_kill_between_the_two_renames_is_mended_on_load(tmp_path):
 def test_saving_again_replaces_the_whole_folder(tmp_path):
     folder = saved(tmp_path / "c")
     (folder / "stale.txt").write_text("from before")
-    saved(folder, "vit")
+    model, plan, recipe = attached("vit")
+    save_checkpoint(model, plan, recipe, folder, name="n", base=BASE)
     assert not (folder / "stale.txt").exists()
     assert load_manifest(folder).plan.adapter == "vit"
     shutil.rmtree(folder)

@@ -12,14 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from squeezoo.compress.masks import Pattern, project
 from squeezoo.compress.packing import (
+    attention_row_bits,
     bits_per_weight,
     compress_nm,
     expand_nm,
     index_bits,
     pack_bits,
+    pack_integers,
     packed_bytes,
     paper_bytes,
     unpack_bits,
+    unpack_integers,
 )
 from torch import Tensor
 
@@ -31,10 +34,10 @@ P24 = Pattern(2, 4)
 
 @st.composite
 def sparse_matrices(draw: st.DrawFn) -> tuple[Tensor, Pattern]:
-    m = draw(st.sampled_from((2, 4, 8, 16, 64)))
+    m = draw(st.sampled_from((2, 4, 8, 16, 32, 64, 128, 256)))
     pattern = Pattern(draw(st.integers(1, m - 1)), m)
     dtype = draw(st.sampled_from((torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)))
-    shape = draw(st.integers(1, 4)), draw(st.integers(1, 80))
+    shape = draw(st.integers(1, 4)), draw(st.integers(1, 300))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     w_OI = torch.randint(-3, 4, shape, generator=generator)  # small integers: many groups with fewer than N non-zeros
     return project(w_OI.to(dtype), pattern), pattern
@@ -130,6 +133,32 @@ def test_bits_are_packed_little_endian_and_read_back(bits: int, count: int, rows
     assert torch.equal(unpack_bits(packed_OB, bits, count), x_OC)
 
 
+@given(st.integers(1, 8), st.integers(0, 40), st.integers(0, 3), st.integers(0, 2**31))
+@settings(max_examples=80, deadline=None)
+def test_signed_integers_are_packed_in_their_width_and_read_back(bits: int, count: int, rows: int, seed: int) -> None:
+    """Expected: the same int8 values, in ceil(count * bits / 8) bytes a row; two to a byte with 4 bits, low nibble
+    first, an odd last one alone."""
+    half = 1 << (bits - 1)
+    generator = torch.Generator().manual_seed(seed)
+    q_OC = torch.randint(-half, half, (rows, count), generator=generator).to(torch.int8)
+    packed = pack_integers(q_OC, bits)
+    assert packed.numel() * packed.element_size() == rows * packed_bytes(count, bits)
+    assert torch.equal(unpack_integers(packed, bits, count), q_OC)
+    if bits == 4:
+        nibbles = [[x + 8 for x in row] + [0] * (count % 2) for row in q_OC.tolist()]
+        assert packed.tolist() == [[low | high << 4 for low, high in zip(row[::2], row[1::2])] for row in nibbles]
+
+
+def test_integers_that_do_not_fit_are_refused() -> None:
+    """Expected: ValueError that says what was expected and found."""
+    with pytest.raises(ValueError, match="values -8 to 7 for 4 bits, found -9 to 7"):
+        pack_integers(torch.tensor([[-9, 7]], dtype=torch.int8), 4)
+    with pytest.raises(ValueError, match=r"expected int8 values to pack, found torch\.int16"):
+        pack_integers(torch.zeros(4, dtype=torch.int16), 4)
+    with pytest.raises(ValueError, match="int8 rows of 3 values"):
+        unpack_integers(torch.zeros((1, 2), dtype=torch.int8), 8, 3)
+
+
 def test_packing_keeps_leading_dimensions() -> None:
     """Expected: rows are packed one by one, whatever stands before them."""
     x = torch.randint(0, 8, (2, 3, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -170,8 +199,7 @@ def test_ratios_and_savings_match_the_vector() -> None:
     assert sparse8 / int8 == STORAGE["int8_2_4_vs_int8"]
     assert sparse4 / fp16 == STORAGE["int4_2_4_vs_fp16"]
     assert sparse4 / int4 == STORAGE["int4_2_4_vs_int4"]
-    # A100's INT4 form keeps pairs: 2:4 of units of two 4-bit weights.
-    assert bits_per_weight(P24, 2 * 4) / 2 / fp16 == STORAGE["int4_pairwise_4_8_vs_fp16"]
+    assert bits_per_weight(P24, 4, "pairs") / fp16 == STORAGE["int4_pairwise_4_8_vs_fp16"]
     savings = STORAGE["savings"]
     assert int8 / sparse8 == pytest.approx(savings["int8_sparse_vs_int8"], rel=1e-7)
     assert int4 / sparse4 == pytest.approx(savings["int4_sparse_vs_int4"], rel=1e-7)
@@ -195,6 +223,24 @@ def test_paper_bytes_are_exact_integers_rounded_up() -> None:
     assert paper_bytes((3, 5), None, 4) == 8
     assert paper_bytes((3, 5), P24, 8) == 10  # 15 * 5 bits = 75 bits
     assert paper_bytes((2**20 + 1, 2**20), P24, 8) == (2**20 + 1) * 2**20 * 5 // 8
+
+
+def test_other_index_forms_of_the_table() -> None:
+    """Expected: ALGORITHMS F: combinatorial ceil(log2 C(M, N)) a group, bitmap M bits a group, INT4 pairs 20 bits per
+    eight weights; the form that is written is the default."""
+    assert bits_per_weight(P24, 8) == 20 / 4
+    assert bits_per_weight(P24, 8, "combinatorial") == (16 + 3) / 4
+    assert bits_per_weight(P24, 8, "bitmap") == (16 + 4) / 4
+    assert bits_per_weight(Pattern(1, 4), 4, "bitmap") == (4 + 4) / 4
+    assert bits_per_weight(P24, 4, "pairs") == 20 / 8
+    assert paper_bytes((64, 64), P24, 4, "pairs") == 64 * 64 * 20 // 64
+    assert paper_bytes((64, 64), P24, 8, "combinatorial") == 64 * 64 * 19 // 32
+
+
+def test_rows_of_an_attention_map() -> None:
+    """Expected by hand: ceil(L / M) * N * (b + log2 M) bits, 197 keys make 50 groups of 4 and 13 of 16."""
+    assert attention_row_bits(197, P24, 8) == 50 * 2 * 10
+    assert attention_row_bits(197, Pattern(2, 16), 16) == 13 * 2 * 20
 
 
 @given(sparse_matrices())

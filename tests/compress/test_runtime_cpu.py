@@ -10,9 +10,11 @@ from functools import cache
 import pytest
 import tiny
 import torch
-from gemms import TOY, Toy, needs_int8, quantize, random_gemm
+from gemms import DYNAMIC, TOY, Toy, asymmetric, needs_int8, quantize, random_gemm, symmetric
+from squeezoo.compress.quantizers import InputQuantization
 from squeezoo.compress.runtime import QuantizedGemm, cpu, int8_supported, use_int8_, use_reference_
-from squeezoo.compress.runtime.int8_linear import Int8Gemm, Int8Linear, Int8Slice, to_levels
+from squeezoo.compress.runtime.int8_linear import Int8Gemm, Int8Linear, Int8Slice
+from squeezoo.compress.runtime.levels import Levels, to_levels
 from squeezoo.models import all_adapters
 from squeezoo.models.adapter import Adapter, AttentionSite, GemmSite, find_sites
 from squeezoo.models.dense import logits
@@ -28,15 +30,17 @@ def _one_thread_without_gradients() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def toy(activation: nn.Module, input_scale: float = 0.03, next_scale: float = 0.02) -> tuple[Toy, Toy, cpu.Int8Report]:
-    """The same random FFN as int8 and as reference."""
+def toy(
+    activation: nn.Module, input_scale: float = 0.03, next_scale: float = 0.02, down: InputQuantization | None = None
+) -> tuple[Toy, Toy, cpu.Int8Report]:
+    """The same random FFN as int8 and as reference. ``down``: levels of the second matrix's input."""
     torch.manual_seed(0)
     fast = Toy(activation).eval()
     slow = copy.deepcopy(fast)
     up = random_gemm(36, 20, 1, name="blocks.0.up", scale_O=torch.rand(36) / 40, bias_O=torch.randn(36))
     gemms = {
-        up.name: QuantizedGemm(up.name, up.weight_q_OI, up.scale_O / 10, input_scale, up.bias_O),
-        "blocks.0.down": random_gemm(20, 36, 2, name="blocks.0.down", input_scale=next_scale),
+        up.name: QuantizedGemm(up.name, up.weight_q_OI, up.scale_O / 10, symmetric(input_scale), up.bias_O),
+        "blocks.0.down": random_gemm(20, 36, 2, name="blocks.0.down", input=down or symmetric(next_scale)),
     }
     report = use_int8_(fast, find_sites(fast, TOY), gemms)
     use_reference_(slow, find_sites(slow, TOY), gemms)
@@ -45,8 +49,9 @@ def toy(activation: nn.Module, input_scale: float = 0.03, next_scale: float = 0.
 
 def assert_equal_but_for_flips(fast: Tensor, slow: Tensor, gemm: Int8Gemm, share: float = 2e-3) -> None:
     """Equal to 1e-5, or off by the effect of at most three inputs that fell to the neighbouring level, in few rows."""
+    assert gemm.input.scale is not None
     tolerance = 1e-5 * float(slow.abs().max())
-    one_flip_O = gemm.weight_q_OI.float().abs().amax(1) * gemm.scale_O * gemm.input_scale
+    one_flip_O = gemm.weight_q_OI.float().abs().amax(1) * gemm.scale_O * gemm.input.scale
     assert ((fast - slow).abs() <= 3 * one_flip_O + tolerance).all()
     rows_off = ((fast - slow).abs() > tolerance).any(-1).float().mean()
     assert rows_off <= share * gemm.in_features
@@ -70,7 +75,7 @@ def test_the_activation_is_fused_between_the_ffn_matrices(name: str, rows: int) 
     levels = up(x)
     assert levels.dtype == (torch.uint8 if rows == 700 else torch.int8)
     signed = levels.long() - (128 if rows == 700 else 0)
-    expected = to_levels(h, 0.02, signed=True).long()
+    expected = to_levels(h, Levels.of(symmetric(0.02), h), signed=True).long()
     assert rows == 1 or expected.unique().numel() > 20
     assert (signed - expected).abs().max() <= 1
     assert (signed != expected).float().mean() < 1e-3
@@ -88,6 +93,50 @@ def test_a_tiny_step_after_gelu_never_gives_level_minus_128(name: str, rows: int
     levels = fast.blocks[0].up(x)
     assert int(levels.min()) == (1 if rows == 700 else -127)
     assert_equal_but_for_flips(fast(x), slow(x), fast.blocks[0].down.gemm)
+
+
+FEW = {"minmax": asymmetric(0.005, 20), "pact4": asymmetric(0.2, 2, bits=4), "lsq4": symmetric(0.3, bits=4)}
+
+
+@needs_int8
+@pytest.mark.parametrize("rows", [9, 700])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("down", FEW.values(), ids=FEW)
+def test_the_fused_ffn_emits_levels_of_any_kind(down: InputQuantization, name: str, rows: int) -> None:
+    """Expected: the reference, and no level outside those of the second matrix's input."""
+    fast, slow, report = toy(ACTIVATIONS[name], down=down)
+    assert report.fused
+    x = torch.randn(rows, 20)
+    levels = fast.blocks[0].up(x).long() + (0 if rows == 700 else 128)
+    assert levels.min() >= (0 if down.qmin == 0 else 128 + down.qmin)
+    assert levels.max() == (down.qmax if down.qmin == 0 else 128 + down.qmax)
+    assert_equal_but_for_flips(fast(x), slow(x), fast.blocks[0].down.gemm)
+
+
+@needs_int8
+def test_a_dynamic_input_is_not_fused_but_shared() -> None:
+    """Expected: the reference; the range of the second matrix's input is not known when the first one ends, but Q, K
+    and V of one tensor have one range."""
+    fast, slow, report = toy(nn.GELU(), down=DYNAMIC)
+    assert report == cpu.Int8Report(("blocks.0.up", "blocks.0.down"), (), ())
+    assert type(fast.blocks[0].act) is nn.GELU
+    x = torch.randn(50, 20)
+    scale = float(torch.nn.functional.gelu(slow.blocks[0].up(x)).max()) / 255
+    gemm = fast.blocks[0].down.gemm
+    one_flip_O = gemm.weight_q_OI.float().abs().amax(1) * gemm.scale_O * scale
+    assert ((fast(x) - slow(x)).abs() <= 4 * one_flip_O).all()
+    model = tiny.TINY["bert"]()
+    sites = find_sites(model, all_adapters()["bert"])
+    gemms = quantize(model, sites, lambda: logits(model, tiny.tiny_batch("bert")))
+    gemms = {n: QuantizedGemm(n, g.weight_q_OI, g.scale_O, DYNAMIC, g.bias_O) for n, g in gemms.items()}
+    slow_model = copy.deepcopy(model)
+    report = use_int8_(model, sites, gemms)
+    assert [len(group) for group in report.shared] == [3, 3]
+    assert report.fused == ()
+    use_reference_(slow_model, find_sites(slow_model, all_adapters()["bert"]), gemms)
+    expected = logits(slow_model, tiny.tiny_batch("bert"))
+    found = logits(model, tiny.tiny_batch("bert"))
+    assert float((found - expected).abs().max()) <= 0.05 * float(expected.abs().max())
 
 
 @needs_int8
@@ -208,8 +257,10 @@ def test_only_named_gemms_are_replaced_and_unequal_scales_are_not_shared() -> No
     _, slow, _, gemms = pair("bert")
     chosen = {n: gemms[n] for n in (f"{name}.attention.self.query", f"{name}.intermediate.dense")}
     key = gemms[f"{name}.attention.self.key"]
-    chosen[key.name] = QuantizedGemm(key.name, key.weight_q_OI, key.scale_O, key.input_scale * 1.5, key.bias_O)
-    fast, slow = tiny.tiny_bert(), tiny.tiny_bert()
+    chosen[key.name] = QuantizedGemm(
+        key.name, key.weight_q_OI, key.scale_O, symmetric((key.input.scale or 1.0) * 1.5), key.bias_O
+    )
+    fast, slow = tiny.TINY["bert"](), tiny.TINY["bert"]()
     report = use_int8_(fast, find_sites(fast, all_adapters()["bert"]), chosen)
     use_reference_(slow, find_sites(slow, all_adapters()["bert"]), chosen)
     assert set(report.single) == set(chosen)
@@ -281,7 +332,7 @@ def test_an_unsupported_machine_is_said_and_nothing_changed(monkeypatch: pytest.
 def test_inexact_or_missing_operators_are_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators are tried, not only looked up: a kernel that saturates is refused."""
     monkeypatch.setattr(cpu, "_vnni", lambda: "AVX-512 VNNI")
-    saturating = lambda self, levels, scale: torch.zeros(levels.shape[0], self.out_features)  # noqa: E731
+    saturating = lambda self, level, levels, emitted: torch.zeros(level.shape[0], self.out_features)  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(Int8Gemm, "_run_plain", saturating)
         patch.setattr(Int8Gemm, "_run_packed", saturating)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import gc
+import json
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from gemms import exact, inputs, needs_int8, random_gemm, ready
+from gemms import DYNAMIC, asymmetric, exact, inputs, needs_int8, random_gemm, ready, symmetric
+from squeezoo.compress.quantizers import InputQuantization
 from squeezoo.compress.runtime import QuantizedGemm, cpu, int8_linear
-from squeezoo.compress.runtime.int8_linear import Int8Gemm, prefers_plain, to_levels, to_levels_by_arithmetic
+from squeezoo.compress.runtime.inputs import step_of
+from squeezoo.compress.runtime.int8_linear import Int8Gemm, prefers_plain
+from squeezoo.compress.runtime.levels import Levels, to_levels, to_levels_by_arithmetic
 from torch import Tensor, nn
+
+VECTORS = Path(__file__).parents[1] / "vectors"
 
 
 @pytest.fixture(autouse=True)
@@ -54,11 +61,80 @@ def test_both_kernels_are_exact_at_the_largest_sums(run: str) -> None:
     """Expected: 127 * 127 * K, the sum that saturates 16-bit intermediates on CPUs without VNNI (K = 1024: exact)."""
     weight_OI = torch.full((40, 1024), 127, dtype=torch.int8)
     weight_OI[1::2] = -127
-    gemm = Int8Gemm(weight_OI, torch.ones(40), None, 1.0)
+    gemm = Int8Gemm(weight_OI, torch.ones(40), None, symmetric(1.0))
     for sign in (1, -1):
-        levels_TI = to_levels(torch.full((20, 1024), sign * 999.0), 1.0, signed=run == "_run_plain")
+        x = torch.full((20, 1024), sign * 999.0)
+        levels = Levels.of(gemm.input, x)
+        level_TI = to_levels(x, levels, signed=run == "_run_plain")
         expected_O = torch.tensor([1.0, -1.0]).repeat(20) * (sign * 127 * 127 * 1024)
-        assert torch.equal(getattr(gemm, run)(levels_TI, None), expected_O.expand(20, 40))
+        assert torch.equal(getattr(gemm, run)(level_TI, levels, None), expected_O.expand(20, 40))
+
+
+INPUTS = {
+    "minmax": asymmetric(0.25, 76),
+    "odd": asymmetric(0.25, 127),
+    "positive": asymmetric(0.25, 0),
+    "negative": asymmetric(0.25, 255),
+    "pact4": asymmetric(1.0, 6, bits=4),
+    "minmax2": asymmetric(4.0, 1, bits=2),
+    "lsq4": symmetric(2.0, bits=4),
+    "lsq2": symmetric(8.0, bits=2),
+}
+
+
+@needs_int8
+@pytest.mark.parametrize("rows", [1, 17, 300])
+@pytest.mark.parametrize("found", INPUTS.values(), ids=INPUTS)
+def test_zero_points_and_few_bits_equal_exact_integer_arithmetic(found: InputQuantization, rows: int) -> None:
+    """Expected: the definition in int64, saturated inputs included, and ties where the zero point is even (PyTorch adds
+    an odd one before it rounds half to even); weights down to -128, as PyTorch's dynamic quantization has them. 300
+    rows take the packed kernel, fewer the plain one."""
+    gemm = random_gemm(96, 40, input=found)
+    gemm.weight_q_OI[::3, ::5] = -128
+    odd = found.qmin == 0 and bool(found.zero_point and found.zero_point % 2)
+    x = inputs(rows, 40) + (1 / 64 if odd else 0)
+    y = ready(gemm)(x)
+    assert torch.equal(y.double(), exact(gemm, x))
+    levels = to_levels(x, Levels.of(found, x), signed=False)
+    assert levels.min() == (0 if found.qmin == 0 else 128 + found.qmin) or rows == 1
+    assert levels.max() == (found.qmax if found.qmin == 0 else 128 + found.qmax) or rows == 1
+
+
+@needs_int8
+def test_dynamic_inputs_match_pytorch() -> None:
+    """Expected: vector dynamic_quant: integers of the weight and the input exact, the output that of the same integers
+    (both engines of PyTorch requantize and lie within 0.1; the float output of the vector is 0.02 away)."""
+    vector = json.loads((VECTORS / "dynamic_quant.json").read_text())
+    x, weight_q_OI = torch.tensor(vector["x"]), torch.tensor(vector["weight_q"], dtype=torch.int8)
+    assert step_of(x, DYNAMIC) == (pytest.approx(vector["x_scale"], rel=1e-6), vector["x_zero_point"])
+    levels = Levels.of(DYNAMIC, x)
+    assert to_levels(x, levels, signed=False).tolist() == vector["x_q"]
+    assert to_levels_by_arithmetic(x, levels, signed=False).tolist() == vector["x_q"]
+    scale_O = torch.full((4,), vector["weight_scale"])
+    gemm = QuantizedGemm("g", weight_q_OI, scale_O, DYNAMIC, torch.tensor(vector["bias"]))
+    sums = (torch.tensor(vector["x_q"]) - vector["x_zero_point"]) @ weight_q_OI.long().t()
+    expected = vector["x_scale"] * vector["weight_scale"] * sums.double() + torch.tensor(vector["bias"]).double()
+    y = ready(gemm)(x)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
+    assert (y - torch.tensor(vector["y_fbgemm"])).abs().max() < 0.02
+    assert (y - torch.tensor(vector["y_float"])).abs().max() < 0.02
+
+
+@needs_int8
+@pytest.mark.parametrize("rows", [1, 9, 300])
+def test_dynamic_inputs_take_their_range_from_each_call(rows: int) -> None:
+    """Expected: the exact result for the range of this very input; all positive and all zero inputs included."""
+    fast = ready(random_gemm(96, 40, input=DYNAMIC))
+    noise = torch.randn(2, rows, 40, generator=torch.Generator().manual_seed(3))  # no input between two levels
+    for x in (noise[0], noise[1] * 100, noise[0].abs() + 3, -noise[1].abs(), torch.zeros(rows, 40)):
+        scale, zero_point = step_of(x, DYNAMIC)
+        static = random_gemm(96, 40, input=asymmetric(scale, zero_point))
+        torch.testing.assert_close(fast(x).double(), exact(static, x), rtol=1e-5, atol=1e-5 * float(x.abs().max()))
+    assert torch.equal(fast(torch.zeros(2, 0, 40)), torch.zeros(2, 0, 96))
+    with pytest.raises(ValueError, match=r"finite input to quantize, found values from .* to (inf|nan)"):
+        fast(torch.full((rows, 40), float("inf")))
+    with pytest.raises(ValueError, match="finite input to quantize"):
+        fast(torch.full((rows, 40), float("nan")))
 
 
 def test_both_kernels_are_used() -> None:
@@ -68,13 +144,29 @@ def test_both_kernels_are_used() -> None:
     assert not prefers_plain(1024, 384, 384, False)
 
 
+LEVELS_OF_2 = Levels(2.0, 128, 1, 255)  # symmetric, 8 bits, step 2
+
+
+@pytest.mark.parametrize("quantize", [to_levels, to_levels_by_arithmetic])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("zero_point", [2, 4])
+def test_asymmetric_levels_round_half_to_even_and_clip(
+    quantize: Callable[..., Tensor], signed: bool, zero_point: int
+) -> None:
+    """Expected by hand, step 2, levels 0..15: half steps go to even steps; the ends clip."""
+    x = torch.tensor([[1.0, 3.0, 5.0, -1.0, -3.0, 0.0, -100.0, 100.0]])
+    expected = torch.tensor([[0, 2, 2, 0, -2, 0, -zero_point, 15 - zero_point]]) + zero_point
+    levels = quantize(x, Levels(2.0, zero_point, 0, 15), signed)
+    assert torch.equal(levels.long() + (128 if signed else 0), expected)
+
+
 @pytest.mark.parametrize("quantize", [to_levels, to_levels_by_arithmetic])
 @pytest.mark.parametrize("signed", [True, False])
 def test_levels_round_half_to_even_and_stop_at_127(quantize: Callable[..., Tensor], signed: bool) -> None:
     """Expected by hand, step 2: 0.5, 1.5, 2.5 steps → 0, 2, 2; below -127 steps → -127, never -128."""
     x = torch.tensor([[1.0, 3.0, 5.0, -1.0, -3.0, -253.0, -255.0, -256.0, -1e9, 255.0, 1e9, float("-inf")]])
     expected = torch.tensor([[0, 2, 2, 0, -2, -126, -127, -127, -127, 127, 127, -127]])
-    levels = quantize(x, 2.0, signed)
+    levels = quantize(x, LEVELS_OF_2, signed)
     assert levels.dtype == (torch.int8 if signed else torch.uint8)
     assert torch.equal(levels.long() - (0 if signed else 128), expected)
 
@@ -83,8 +175,8 @@ def test_levels_of_views() -> None:
     """Expected: the same as for a contiguous copy; the result must not keep the strides of its source."""
     x = inputs(8, 12, seed=3)
     for view in (x.t(), x[:, ::2], x[2:7], x[:0], x.unsqueeze(0).expand(3, 8, 12)):
-        levels = to_levels(view, 0.25, signed=True)
-        assert torch.equal(levels, to_levels(view.contiguous(), 0.25, signed=True))
+        levels = to_levels(view, LEVELS_OF_2, signed=True)
+        assert torch.equal(levels, to_levels(view.contiguous(), LEVELS_OF_2, signed=True))
         assert levels.is_contiguous()
 
 
