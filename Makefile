@@ -4,14 +4,14 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: install quickstart test lint format clean
+.PHONY: install quickstart test test-extras lint format clean
 
 install: $(STAMP)
 
 # torch first and constrained: otherwise another package's requirement pulls gigabytes of CUDA libraries.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval,gguf]'
 	touch $(STAMP)
 
 quickstart: $(STAMP)
@@ -23,7 +23,23 @@ $(VENV)/.minilm: $(STAMP)
 	touch $@
 
 test: $(VENV)/.minilm
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+# fairseq and megatron-core in an environment of their own. fairseq is compiled (minutes) without build isolation, which
+# would fetch a CUDA build of torch to compile against.
+EXTRAS     := .venv-extras
+EXTRAS_PIP := $(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-extras.txt
+
+$(EXTRAS)/.installed: pyproject.toml constraints.txt constraints-extras.txt
+	test -x $(EXTRAS)/bin/python || $(PYTHON) -m venv $(EXTRAS)
+	$(EXTRAS_PIP) -e '.[dev]'
+	$(EXTRAS_PIP) setuptools wheel cython hydra-core omegaconf bitarray cffi regex sacrebleu tqdm scikit-learn
+	$(EXTRAS_PIP) --no-deps --no-build-isolation fairseq-fixed
+	$(EXTRAS_PIP) --no-deps megatron-core
+	touch $@
+
+test-extras: $(EXTRAS)/.installed
+	$(EXTRAS)/bin/python -m pytest tests/extras
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
@@ -35,4 +51,4 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf $(VENV) $(EXTRAS) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

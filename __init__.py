@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import compress
-    from .compress.finetune import TrainData
     from .compress.recipe import Recipe
+    from .compress.train_data import TrainData
     from .eval.run import evaluate
     from .eval.speed import benchmark
     from .models.adapter import Adapter
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Adapter": "models.adapter",
     "Recipe": "compress.recipe",
-    "TrainData": "compress.finetune",
+    "TrainData": "compress.train_data",
     "benchmark": "eval.speed",
     "evaluate": "eval.run",
     "list_models": "zoo_cards.hub",

@@ -50,21 +50,24 @@ def adapters() -> tuple[Data, Table]:
     return [asdict(a) for a in found.values()], table
 
 
-def adapter(name: str) -> tuple[Data, Table]:
-    """One adapter's record. Raises ValueError naming the known ones."""
-    from .models import all_adapters
+def adapter(name: str) -> tuple[Data, str]:
+    """One adapter's record. Raises AdapterError naming the known ones."""
+    from .models import adapter_named
+    from .models.show import show
 
-    found = all_adapters()
-    if name not in found:
-        raise ValueError(f"no adapter is named {name!r}; known: {', '.join(found)}")
-    record = asdict(found[name])
-    table = Table("field", "value", title=name)
-    for key, value in record.items():
-        if key != "gemms":
-            table.add_row(key, str(value))
-    for site in found[name].gemms:
-        table.add_row(f"gemm {site.role}", f"{site.pattern}  ({site.layout}, parts {site.parts})")
-    return record, table
+    found = adapter_named(name)
+    return asdict(found), show(found)
+
+
+def check(model: str) -> tuple[Data, Table]:
+    """The self-test of a model and its adapter."""
+    from .compress.selftest import self_test
+
+    found = self_test(model)
+    table = Table("check", "passed", "detail", title=model)
+    for c in found:
+        table.add_row(c.name, {True: "yes", False: "NO", None: "not tried"}[c.passed], c.detail)
+    return [asdict(c) for c in found], table
 
 
 def recipes() -> tuple[Data, Table]:

@@ -107,7 +107,7 @@ def plan(
     from .compress.recipe import Recipe
     from .models.dense import load_dense
 
-    made = make_plan(load_dense(model).model, Recipe.load(recipe))
+    made = make_plan(load_dense(model, kind="auto").model, Recipe.load(recipe))
     if json_:
         show_json(made.to_dict())
     else:
@@ -139,10 +139,9 @@ def finetune(
     from .compress.engine import train_dense
     from .eval import get_task
     from .eval.environment import device_name
-    from .models.dense import load_dense
-    from .pipeline import training_data
+    from .pipeline import load_for, training_data
 
-    dense = load_dense(model, num_labels=get_task(task).num_labels, seed=seed or 0)
+    dense = load_for(model, get_task(task), seed=seed or 0)
     chosen = _recipe(recipe, epochs, learning_rate, batch_size, seed, precision)
     data = training_data(
         task, dense.processor, data_dir=data_dir, max_length=max_length, limit=limit, model=dense.model
@@ -160,6 +159,8 @@ def compress(
     out_dir: Out,
     task: Annotated[str | None, typer.Option("--task", "-t", help="trains on it; see `squeezoo tasks`")] = None,
     name: Annotated[str | None, typer.Option(help="<model>.<task>.<recipe>; default: the folder's name")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="the model before fine-tuning; pkd recipes need it")] = None,
+    attention: Annotated[str | None, typer.Option(help="N:M of attention maps, instead of the recipe's")] = None,
     data_dir: DataDir = None,
     epochs: Epochs = None,
     learning_rate: LearningRate = None,
@@ -178,12 +179,14 @@ def compress(
     --out runs/minilm-l6.mrpc.gpusq-gemm-int8
     """
     from .compress.engine import compress as run
+    from .eval import get_task
     from .eval.environment import device_name
-    from .models.dense import load_dense
-    from .pipeline import training_data
+    from .pipeline import load_for, training_data
 
-    chosen = _recipe(recipe, epochs, learning_rate, batch_size, seed, precision)
-    dense = load_dense(model)
+    chosen = _recipe(recipe, epochs, learning_rate, batch_size, seed, precision, attention)
+    of_task = None if task is None else get_task(task)
+    dense = load_for(model, of_task, seed=seed or 0)
+    ancestor = None if pretrained is None else load_for(pretrained, of_task, seed=seed or 0)
     data = None
     if task is not None:
         data = training_data(
@@ -191,7 +194,7 @@ def compress(
         )
     made = run(
         dense, chosen, data, out_dir,
-        name=name, device=device, restart=restart, hardware=device_name(device), say=say,
+        name=name, pretrained=ancestor, device=device, restart=restart, hardware=device_name(device), say=say,
     )  # fmt: skip
     _show_run(made, json_)
 
@@ -208,8 +211,8 @@ def _show_run(made: Any, json_: bool) -> None:
 def _recipe(name: str, *values: Any) -> Any:
     from .compress.recipe import Recipe
 
-    keys = ("epochs", "learning_rate", "batch_size", "seed", "precision")
-    return Recipe.load(name).override(**{k: v for k, v in zip(keys, values, strict=True) if v is not None})
+    keys = ("epochs", "learning_rate", "batch_size", "seed", "precision", "attention")
+    return Recipe.load(name).override(**{k: v for k, v in zip(keys, values) if v is not None})
 
 
 @command
@@ -421,16 +424,47 @@ def info(name: Annotated[str, typer.Argument(help="zoo name")], json_: JsonFlag 
 
 
 @command
-def adapters(
-    show: Annotated[str | None, typer.Option(help="print one adapter's record")] = None, json_: JsonFlag = False
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="a checkpoint folder or a zoo name")],
+    to: Annotated[str, typer.Option("--to", help="dense or compressed-tensors")],
+    out_dir: Out,
+    json_: JsonFlag = False,
 ) -> None:
-    """The architectures that can be squeezed, built in and from installed packages.
+    """Write a checkpoint as a folder that transformers (dense) or vLLM (compressed-tensors) loads without Squeezoo.
 
-    Example: squeezoo adapters --show bert
+    Example: squeezoo export runs/minilm-l6.mrpc.gpusq-gemm-int8 --to compressed-tensors --out exported
+    """
+    from .compress.export import export as run
+    from .zoo_cards.hub import resolve
+
+    made = run(resolve(checkpoint), to, out_dir)  # type: ignore[arg-type]
+    if json_:
+        show_json({"folder": str(made.folder), "notes": list(made.notes)})
+        return
+    for note in made.notes:
+        say(f"note: {note}")
+    out.print(f"wrote {made.folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+@command
+def adapters(
+    show: Annotated[str | None, typer.Option(help="print one adapter's record")] = None,
+    check: Annotated[str | None, typer.Option(help="run the self-test on a model: folder, name or Hub id")] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """The architectures that can be squeezed, built in and from installed packages; or what an adapter does to a model.
+
+    Example: squeezoo adapters --check runs/minilm-l6.mrpc.dense
     """
     from . import catalog
 
-    _show(catalog.adapters() if show is None else catalog.adapter(show), json_)
+    if check is None:
+        _show(catalog.adapters() if show is None else catalog.adapter(show), json_)
+        return
+    data, table = catalog.check(check)
+    _show((data, table), json_)
+    if any(entry["passed"] is False for entry in data):
+        raise typer.Exit(1)
 
 
 @command

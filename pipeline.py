@@ -18,15 +18,17 @@ from torch import nn
 from . import __version__
 from .compress.checkpoint import MANIFEST, Backend, Manifest, load, load_manifest
 from .compress.engine import read_provenance
-from .compress.finetune import TrainData
+from .compress.train_data import TrainData
 from .eval import get_task
 from .eval.data import collator
 from .eval.fit import check_labels, check_reads
 from .eval.image import declared_shape
 from .eval.run import evaluate, sample_rows
 from .eval.speed import Speed, benchmark, make_batch
-from .models.dense import load_dense
+from .eval.task import Task
+from .models.dense import Dense, load_dense
 from .models.folders import load_processor
+from .models.kinds import WITH_LABELS, Kind
 from .zoo_cards.bases import describe_base
 from .zoo_cards.card import COMPRESSED, DENSE, Card
 from .zoo_cards.datasets import describe_task
@@ -57,12 +59,40 @@ def load_any(source: str, backend: Backend = "auto") -> Loaded:
     if source in list_models() or (Path(source) / MANIFEST).is_file():
         folder = resolve(source)
         return Loaded(load(folder, backend=backend), load_processor(folder))
-    dense = load_dense(source)
+    dense = load_dense(source, kind="auto")
     return Loaded(dense.model, dense.processor)
 
 
+# The head that a task of each kind is done with.
+HEADS: dict[str, Kind] = {
+    "text-classification": "classification",
+    "text-regression": "classification",
+    "image-classification": "classification",
+    "token-classification": "token",
+    "question-answering": "question-answering",
+    "causal-lm": "causal-lm",
+    "masked-lm": "masked-lm",
+    "summarization": "seq2seq-lm",
+    "dialogue": "causal-lm",
+    "speech-recognition": "ctc",
+}
+
+
+def load_for(source: str, task: Task | None, *, seed: int = 0) -> Dense:
+    """A dense model with the head that a task needs, newly initialised from ``seed`` where it has none; without a task
+    with the head that it was saved with.
+
+    Raises:
+        DenseError: see `load_dense`.
+    """
+    if task is None:
+        return load_dense(source, kind="auto", seed=seed)
+    kind = HEADS[task.kind]
+    return load_dense(source, kind=kind, num_labels=task.num_labels if kind in WITH_LABELS else None, seed=seed)
+
+
 def training_data(
-    task_name: str,
+    task_name: str | Task,
     processor: Any,
     *,
     data_dir: str | Path | None = None,
@@ -80,7 +110,7 @@ def training_data(
     Raises:
         ValueError: unknown task, or one that the model cannot do. DataError: its files are missing or broken.
     """
-    task = get_task(task_name)
+    task = get_task(task_name) if isinstance(task_name, str) else task_name
     if model is not None:
         check_reads(model, task)
         check_labels(model, task)
@@ -122,7 +152,7 @@ def measure_card(
     folder = Path(folder)
     manifest = load_manifest(folder)
     task = get_task(task_name)
-    dense = load_dense(dense_folder)
+    dense = load_dense(dense_folder, kind="auto")
     compressed = load(folder)
     models = {DENSE: dense.model, COMPRESSED: compressed}
     models |= {name: load(path) for name, path in (variants or {}).items()}

@@ -7,9 +7,7 @@ from there and ends with the same weights as an uninterrupted one (same hardware
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -17,25 +15,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from ..models.dense import Dense, describe, library_of, load_dense, save_dense
-from .attach import attach_, fold_, prune_, quantizers
+from ..models.dense import Dense, library_of, load_dense, save_dense
+from .attach import CompressedWeight, attach_, fold_, inherit_masks_, magnitude_masks_, quantizers, requantize_
+from .attention_map import activate_attention_
 from .calibrate import calibrate_
 from .checkpoint import save_checkpoint
-from .finetune import Batch, EpochSampler, TrainData, finetune_
+from .count_progress import count_progress
+from .finetune import finetune_
+from .heads import Batch
+from .oneshot import prune_oneshot_
 from .plan import Plan, make_plan
 from .recipe import Recipe, RecipeError
+from .sparsegpt import QuantizeColumn
 from .stages import Calibrate, Finetune, Prune
+from .start import refuse_unstorable, student_base
+from .teacher_cache import TeacherCache, cache_teacher
+from .train_data import EpochSampler, TrainData
+from .work import RunError, Work, fingerprint
 
-PROGRESS = "progress.json"
 PROVENANCE = "squeezoo_training.json"
+TRAINING_LOG = "training_log.jsonl"  # what policies did and what was scored after each epoch, where there is any
+ONE_SHOT_BATCH = 8  # sequences a calibration batch of wanda and sparsegpt
+Evaluate = Callable[[nn.Module], dict[str, float]]
 
-
-class RunError(RuntimeError):
-    """A run that cannot start or go on."""
+__all__ = ["PROVENANCE", "Compressed", "Evaluate", "RunError", "compress", "read_provenance", "train_dense"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ def compress(
     data: TrainData | None,
     out: str | Path,
     *,
+    pretrained: Dense | None = None,
+    evaluate: Evaluate | None = None,
     name: str | None = None,
     device: str = "cpu",
     restart: bool = False,
@@ -68,6 +75,9 @@ def compress(
         recipe: a recipe, or the name or path of one.
         data: training samples; None for recipes that neither train nor calibrate.
         out: the checkpoint folder to write.
+        pretrained: the model before its fine-tuning, with a head for the task; for recipes whose student starts from
+            its first blocks.
+        evaluate: model -> metrics; called after every epoch on the model as it would be saved then, and logged.
         name: of the checkpoint; default the folder's name.
         restart: throw an unfinished run in ``<out>.work`` away instead of resuming it.
         save_seconds: at least this long between two checkpoints of a training stage.
@@ -80,13 +90,17 @@ def compress(
     """
     dense = _as_dense(model)
     recipe = Recipe.load(recipe) if isinstance(recipe, str) else recipe
-    plan = make_plan(dense.model, recipe)
-    student, work = _run_stages(dense, recipe, plan, data, out, device, restart, save_seconds, hardware, say)
+    base = student_base(dense, recipe, pretrained)
+    plan = make_plan(base.model, recipe)
+    refuse_unstorable(plan)
+    run = _Run(dense, base, recipe, data, device, restart, save_seconds, hardware, evaluate, say)
+    student, work = run.stages(Path(out))
     folder = save_checkpoint(
         student, plan, recipe, out,
         name=name or Path(out).name, base={"name": dense.name, "revision": dense.revision},
         processor=dense.processor, training=tuple(work.records),
     )  # fmt: skip
+    work.write_log(Path(folder) / TRAINING_LOG)
     work.remove()
     return Compressed(folder, plan, tuple(work.records))
 
@@ -97,6 +111,7 @@ def train_dense(
     data: TrainData,
     out: str | Path,
     *,
+    evaluate: Evaluate | None = None,
     device: str = "cpu",
     restart: bool = False,
     save_seconds: float = 120.0,
@@ -116,7 +131,8 @@ def train_dense(
     if recipe.rules:
         raise RecipeError(f"recipe {recipe.name} has rules; the dense baseline takes one without, such as `dense`")
     plan = make_plan(dense.model, recipe)
-    student, work = _run_stages(dense, recipe, plan, data, out, device, restart, save_seconds, hardware, say)
+    run = _Run(dense, dense, recipe, data, device, restart, save_seconds, hardware, evaluate, say)
+    student, work = run.stages(Path(out))
     save_dense(student.to("cpu"), dense.processor, Path(out))
     provenance = {
         "base": {"name": dense.name, "revision": dense.revision},
@@ -124,6 +140,7 @@ def train_dense(
         "training": work.records,
     }
     (Path(out) / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+    work.write_log(Path(out) / TRAINING_LOG)
     work.remove()
     return Compressed(Path(out), plan, tuple(work.records))
 
@@ -139,138 +156,130 @@ def _as_dense(model: Dense | nn.Module | str) -> Dense:
         return model
     if isinstance(model, nn.Module):
         return Dense(model.eval(), None, type(model).__name__, None, library_of(model))
-    return load_dense(model)
+    return load_dense(model, kind="auto")
 
 
-def _run_stages(
-    dense: Dense,
-    recipe: Recipe,
-    plan: Plan,
-    data: TrainData | None,
-    out: str | Path,
-    device: str,
-    restart: bool,
-    save_seconds: float,
-    hardware: str | None,
-    say: Callable[[str], None],
-) -> tuple[nn.Module, _Work]:
-    """All stages on an attached copy of the dense model; finished ones are taken from the work folder."""
-    if data is None and any(isinstance(stage, Calibrate | Finetune) for stage in recipe.stages):
-        raise RecipeError(f"recipe {recipe.name} trains or calibrates and needs data: pass a task with training data")
-    if data is not None and not len(data.features):
-        raise RecipeError("the training data is empty: expected at least one sample")
-    student = deepcopy(dense.model).to(device)
-    attach_(student, plan)
-    work = _Work(Path(f"{out}.work"), _fingerprint(dense, recipe, data), restart)
-    if work.done:
-        work.load_(student, work.done - 1)
-        say(f"resuming after stage {work.done} of {len(recipe.stages)}")
-    for index, stage in enumerate(recipe.stages):
-        if index < work.done:
-            continue
-        started = time.monotonic()
-        title = f"stage {index + 1}/{len(recipe.stages)} {stage.stage}"
-        record: dict[str, Any] = {"stage": stage.stage}
+@dataclass(frozen=True)
+class _Run:
+    """One run: ``dense`` is the teacher of ``teacher: dense``, ``base`` the dense form of the student."""
+
+    dense: Dense
+    base: Dense
+    recipe: Recipe
+    data: TrainData | None
+    device: str
+    restart: bool
+    save_seconds: float
+    hardware: str | None
+    evaluate: Evaluate | None
+    say: Callable[[str], None]
+
+    def plan_at(self, index: int) -> Plan:
+        """The plan with the quantizers that are in force during a stage."""
+        return make_plan(self.base.model, self.recipe.at(index))
+
+    def stages(self, out: Path) -> tuple[nn.Module, Work]:
+        """All stages on an attached copy of the base; finished ones are taken from the work folder."""
+        recipe = self.recipe
+        if self.data is None and recipe.needs_data:
+            raise RecipeError(
+                f"recipe {recipe.name} trains or calibrates and needs data: pass a task with training data"
+            )
+        if self.data is not None and not len(self.data.features):
+            raise RecipeError("the training data is empty: expected at least one sample")
+        student = deepcopy(self.base.model).to(self.device)
+        attach_(student, self.plan_at(0))
+        work = Work(Path(f"{out}.work"), fingerprint(self.dense, self.base, recipe, self.data), self.restart)
+        if work.done:
+            requantize_(student, self.plan_at(work.done - 1))
+            work.load_(student, work.done - 1)
+            self.say(f"resuming after stage {work.done} of {len(recipe.stages)}")
+        for index, stage in enumerate(recipe.stages):
+            if index < work.done:
+                continue
+            started = time.monotonic()
+            title = f"stage {index + 1}/{len(recipe.stages)} {stage.stage}"
+            record: dict[str, Any] = {"stage": stage.stage} | self._run(student, index, work, title)
+            record.setdefault("seconds", round(time.monotonic() - started, 1))
+            work.finish(student, index, record)
+            self.say(f"{title}: {record['seconds']:.0f} s")
+        return student, work
+
+    def _run(self, student: nn.Module, index: int, work: Work, title: str) -> dict[str, Any]:
+        stage = self.recipe.stages[index]
         if isinstance(stage, Prune):
-            prune_(student)
-        elif isinstance(stage, Calibrate):
-            assert data is not None
-            calibrate_(student, _calibration_batches(data, stage, recipe, device), stage.percentile)
-        else:
-            assert data is not None
-            teacher = _teacher(dense, plan, stage, recipe, index, work)
-            record |= finetune_(
-                student, stage, data, work.folder / f"stage-{index}",
-                teacher=teacher, seed=recipe.seed + index, device=device, save_seconds=save_seconds, title=title,
+            return self._prune(student, stage)
+        if isinstance(stage, Calibrate):
+            requantize_(student, self.plan_at(index))
+            rounded = any(isinstance(s, Prune) and s.quantize for s in self.recipe.stages[:index])
+            calibrate_(student, self._calibration_batches(stage), stage.percentile, keep_weights=rounded)
+            return {}
+        assert self.data is not None
+        teacher: nn.Module | TeacherCache | None = self._teacher(stage, index, work)
+        if stage.distill is not None and stage.distill.cache and isinstance(teacher, nn.Module):
+            teacher = cache_teacher(
+                teacher, student, stage.distill, self.data.features, self.data.collate, work.folder / "teacher",
+                device=self.device, precision=stage.precision, say=self.say,
+                key=f"{stage.distill.teacher} {json.dumps(self.plan_at(index).to_dict())}",
             )  # fmt: skip
-            record |= {"epochs": stage.epochs, "learning_rate": stage.learning_rate, "batch_size": stage.batch_size}
-            record |= {"samples": len(data.features), "device": device, "hardware": hardware}
-        record.setdefault("seconds", round(time.monotonic() - started, 1))
-        work.finish(student, index, record)
-        say(f"{title}: {record['seconds']:.0f} s")
-    return student, work
+        record: dict[str, Any] = finetune_(
+            student, stage, self.data, work.folder / f"stage-{index}",
+            teacher=teacher, seed=self.recipe.seed + index, device=self.device,
+            save_seconds=self.save_seconds, title=title, evaluate=self.evaluate,
+        )  # fmt: skip
+        work.keep_log(index, record.pop("history"))
+        record |= {"epochs": stage.epochs, "learning_rate": stage.learning_rate, "batch_size": stage.batch_size}
+        return record | {"samples": len(self.data.features), "device": self.device, "hardware": self.hardware}
 
+    def _prune(self, student: nn.Module, stage: Prune) -> dict[str, Any]:
+        record: dict[str, Any] = {"method": stage.method}
+        if stage.method == "magnitude":
+            magnitude_masks_(student, stage.scope)
+        elif stage.method == "inherit":
+            inherit_masks_(student)
+        else:
+            assert self.data is not None
+            record["samples"] = min(stage.samples, len(self.data.features))
+            with count_progress(f"{stage.method}: GEMMs") as tell:
+                prune_oneshot_(
+                    student, stage.method, self._batches(stage.samples, ONE_SHOT_BATCH), progress=tell,
+                    block_size=stage.block_size, damping=stage.damping, quantize=_rounder if stage.quantize else None,
+                )  # fmt: skip
+        activate_attention_(student)
+        return record
 
-def _calibration_batches(data: TrainData, stage: Calibrate, recipe: Recipe, device: str) -> Iterator[Batch]:
-    """The first ``stage.batches`` batches of a fixed shuffle, of the size that training uses."""
-    size = next((s.batch_size for s in recipe.stages if isinstance(s, Finetune)), 16)
-    order = list(EpochSampler([1] * len(data.features), size, recipe.seed))[: stage.batches * size]
-    for start in range(0, len(order), size):
-        batch = data.collate([data.features[i] for i in order[start : start + size]])
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
+    def _calibration_batches(self, stage: Calibrate) -> Iterator[Batch]:
+        size = next((s.batch_size for s in self.recipe.stages if isinstance(s, Finetune)), 16)
+        return self._batches(stage.batches * size, size)
 
+    def _batches(self, samples: int, size: int) -> Iterator[Batch]:
+        """The first ``samples`` samples of a fixed shuffle in batches of ``size``."""
+        if self.data is None:
+            return
+        order = list(EpochSampler([1] * len(self.data.features), size, self.recipe.seed))[:samples]
+        for start in range(0, len(order), size):
+            batch = self.data.collate([self.data.features[i] for i in order[start : start + size]])
+            yield {name: tensor.to(self.device) for name, tensor in batch.items()}
 
-def _teacher(dense: Dense, plan: Plan, stage: Finetune, recipe: Recipe, index: int, work: _Work) -> nn.Module | None:
-    """The frozen teacher of a stage: the dense model, or the model as the last fine-tuning stage left it."""
-    if stage.distill is None:
-        return None
-    teacher = deepcopy(dense.model)
-    if stage.distill.teacher == "previous":
-        last = max(k for k in range(index) if isinstance(recipe.stages[k], Finetune))
+    def _teacher(self, stage: Finetune, index: int, work: Work) -> nn.Module | None:
+        """The frozen teacher of a stage: the dense model, or the student as the last fine-tuning stage left it."""
+        if stage.distill is None:
+            return None
+        if stage.distill.teacher == "dense":
+            return deepcopy(self.dense.model)
+        teacher = deepcopy(self.base.model)
+        last = max(k for k in range(index) if isinstance(self.recipe.stages[k], Finetune))
+        plan = self.plan_at(last)
         attach_(teacher, plan)
         work.load_(teacher, last)
-        if not any(quantizer.active for _, quantizer in quantizers(teacher)):
+        if not plan.attention and not any(quantizer.active for _, quantizer in quantizers(teacher)):
             fold_(teacher)
-    return teacher
+        return teacher
 
 
-class _Work:
-    """The folder of an unfinished run: ``progress.json`` and ``stage-<k>.safetensors`` for every finished stage."""
-
-    def __init__(self, folder: Path, fingerprint: str, restart: bool) -> None:
-        self.folder = folder
-        self.records: list[dict[str, Any]] = []
-        self.fingerprint = fingerprint
-        if restart and folder.exists():
-            shutil.rmtree(folder)
-        if (folder / PROGRESS).is_file():
-            progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-            if progress["fingerprint"] != fingerprint:
-                raise RunError(
-                    f"{folder} holds an unfinished run with another recipe, model or data; give --restart to throw it "
-                    "away, or choose another output folder"
-                )
-            self.records = progress["records"]
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._write()
-
-    @property
-    def done(self) -> int:
-        return len(self.records)
-
-    def _write(self) -> None:
-        temporary = self.folder / f"{PROGRESS}.tmp"
-        temporary.write_text(json.dumps({"fingerprint": self.fingerprint, "records": self.records}), encoding="utf-8")
-        temporary.replace(self.folder / PROGRESS)
-
-    def finish(self, model: nn.Module, index: int, record: dict[str, Any]) -> None:
-        """Save the state after a stage, then mark it done, then drop the stage's own checkpoints."""
-        state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-        temporary = self.folder / f"stage-{index}.tmp"
-        save_file(state, temporary)
-        temporary.replace(self.folder / f"stage-{index}.safetensors")
-        self.records.append(record)
-        self._write()
-        shutil.rmtree(self.folder / f"stage-{index}", ignore_errors=True)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder)
-
-    def load_(self, model: nn.Module, index: int) -> None:
-        """Put the state after stage ``index`` into an attached model; quantizers know by their scale if they are on."""
-        model.load_state_dict(load_file(self.folder / f"stage-{index}.safetensors"))
-
-
-def _fingerprint(dense: Dense, recipe: Recipe, data: TrainData | None) -> str:
-    """Changes when the recipe, the base weights or the data do; a run resumes only what it began."""
-    digest = hashlib.sha256(recipe.model_dump_json().encode())
-    digest.update(json.dumps(describe(dense.model), sort_keys=True).encode())
-    for name, tensor in sorted(dense.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    if data is not None:
-        digest.update(str(len(data.features)).encode())
-        for feature in (data.features[0], data.features[-1]):
-            digest.update(repr(sorted((k, str(v)) for k, v in feature.items())).encode())
-    return digest.hexdigest()
+def _rounder(parametrization: CompressedWeight, w_OI: Tensor) -> QuantizeColumn | None:
+    """SparseGPT's joint quantization: columns rounded to the rule's levels, scales from the dense weight."""
+    if parametrization.quantizer is None:
+        return None
+    rounder: QuantizeColumn = parametrization.quantizer.rounder(w_OI)
+    return rounder

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..models import adapter_for
 from ..models.adapter import Adapter, Gemm, Sites, find_sites
@@ -170,7 +170,7 @@ def make_plan(model: nn.Module, recipe: Recipe, adapter: Adapter | None = None) 
     skipped: list[tuple[str, str]] = []
     owners: dict[tuple[str, str], str] = {}
     untied = None
-    for gemm in (*sites.gemms, *getattr(sites, "pooler", ()), *((sites.final,) if sites.final else ())):
+    for gemm in (*sites.gemms, *sites.pooler, *((sites.final,) if sites.final else ())):
         rule = rule_of.get(gemm.role)
         if rule is None:
             continue
@@ -205,11 +205,12 @@ def _planned_embeddings(recipe: Recipe, sites: Sites) -> tuple[PlannedEmbedding,
     rule = recipe.embeddings
     if rule is None:
         return ()
-    if not getattr(sites, "embeddings", ()):
+    if not sites.embeddings:
         raise PlanError(f"recipe {recipe.name} asks for int{rule.bits} embeddings; this model has no embedding table")
-    return tuple(
-        PlannedEmbedding(table.name, *table.module.weight.shape, rule.method, rule.bits) for table in sites.embeddings
-    )
+    shapes = [
+        (table.name, weight.shape) for table in sites.embeddings if isinstance(weight := table.module.weight, Tensor)
+    ]
+    return tuple(PlannedEmbedding(name, rows, width, rule.method, rule.bits) for name, (rows, width) in shapes)
 
 
 def _words(quantization: Quantization | None) -> str:

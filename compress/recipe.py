@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from .masks import Pattern
-from .rules import AttentionRule, EmbeddingRule, Record, Rule, parse_sparsity
+from .rules import AttentionRule, EmbeddingRule, Lsq, Q8Bert, Record, Rule, Unstructured, parse_sparsity
 from .stages import Admm, Calibrate, Finetune, Iterative, Prune, SrSte, Stage, Storage, Student
 
 
@@ -65,6 +65,13 @@ class Recipe(Record):
             raise ValueError("a rule asks for sparsity but no stage is `prune`: add `- stage: prune`")
         if prunes and not patterns and not maps:
             raise ValueError("stage `prune` has nothing to do: no rule asks for sparsity")
+        if any(prune.quantize for prune in prunes) and not all(
+            isinstance(r.weight, Lsq) for r in self.rules if r.sparsity
+        ):
+            raise ValueError(
+                "prune with quantize: only lsq keeps the scales that the columns were rounded with: "
+                "write `weight: {method: lsq}` in the sparse rules"
+            )
         if len(prunes) > 1:
             raise ValueError("stage `prune` stands twice; it runs once")
         for policy in moving:
@@ -72,8 +79,13 @@ class Recipe(Record):
                 raise ValueError(f"policy {policy.method} moves masks, but no rule asks for sparsity")
             if isinstance(policy, SrSte) and not all(isinstance(p, Pattern) for p in patterns):
                 raise ValueError("policy sr_ste needs N:M sparsity in every rule, found an unstructured share")
-            if isinstance(policy, Iterative) and any(isinstance(p, Pattern) for p in patterns):
-                raise ValueError("policy iterative prunes without structure: write a share of zeros such as '70%'")
+            if isinstance(policy, Iterative):
+                shares = {pattern.zeros for pattern in patterns if isinstance(pattern, Unstructured)}
+                if any(isinstance(pattern, Pattern) for pattern in patterns):
+                    raise ValueError("policy iterative prunes without structure: write a share of zeros such as '70%'")
+                if len(shares) > 1:
+                    raise ValueError("policy iterative has one threshold: write the same share of zeros in every rule")
+                policy.events(shares.pop())  # refuses a share that is no multiple of the step
 
     def _check_calibration(self) -> None:
         quantized = any(rule.weight for rule in self.rules) or bool(self.attention and self.attention.quantized)
@@ -95,7 +107,8 @@ class Recipe(Record):
     @property
     def needs_data(self) -> bool:
         """Whether some stage trains, calibrates on inputs, or prunes by calibration data."""
-        by_input = any(rule.input is not None and rule.input.method != "dynamic" for rule in self.rules)
+        inputs = [rule.input for rule in self.rules if rule.input is not None]
+        by_input = any(not (i.method == "dynamic" or (isinstance(i, Q8Bert) and i.dynamic)) for i in inputs)
         by_input = by_input or bool(self.attention and self.attention.quantized)
         for stage in self.stages:
             if isinstance(stage, Finetune) or (isinstance(stage, Calibrate) and by_input):
@@ -163,17 +176,25 @@ class Recipe(Record):
             raise RecipeError(f"{where} is not a valid recipe:\n{faults}") from error
 
     def override(self, **values: Any) -> Recipe:
-        """A copy with the given settings of every finetune stage replaced (``epochs``, ``learning_rate``, ...), or
-        ``seed``. The copy keeps the name, since the resolved recipe travels with each checkpoint."""
+        """A copy with the given settings of every finetune stage replaced (``epochs``, ``learning_rate``, ...),
+        ``seed``, or ``attention``, the N:M of the attention maps. The copy keeps the name, since the resolved recipe
+        travels with each checkpoint."""
         data = self.model_dump(mode="json")
         fixed = ("stage", "distill", "policy", "dropout", "steps")
         for key, value in values.items():
             if key == "seed":
                 data["seed"] = value
                 continue
+            if key == "attention":
+                if self.attention is None or self.attention.sparsity is None:
+                    raise RecipeError(
+                        f"recipe {self.name} keeps attention maps dense; gpusq-gemm-mha-int8 has N:M maps"
+                    )
+                data["attention"]["sparsity"] = value
+                continue
             if key not in Finetune.model_fields or key in fixed:
                 allowed = sorted(set(Finetune.model_fields) - set(fixed))
-                raise RecipeError(f"cannot override {key!r}; allowed: seed, {', '.join(allowed)}")
+                raise RecipeError(f"cannot override {key!r}; allowed: seed, attention, {', '.join(allowed)}")
             for stage in data["stages"]:
                 if stage["stage"] == "finetune" and not (key == "epochs" and stage["policy"]["method"] == "iterative"):
                     stage[key] = value

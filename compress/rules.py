@@ -69,11 +69,13 @@ class Pact(Record):
 
 
 class Q8Bert(Record):
-    """Symmetric per tensor: max|w| of the current weight; for inputs a running mean of max|x| (Q8BERT)."""
+    """Symmetric per tensor: max|w| of the current weight; for inputs a running mean of max|x| (Q8BERT), or, when
+    ``dynamic``, max|x| of each call."""
 
     method: Literal["q8bert"]
     bits: Bits = 8
     decay: float = Field(0.9999, ge=0, lt=1)
+    dynamic: bool = False
 
 
 class Dynamic(Record):

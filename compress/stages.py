@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -63,6 +64,12 @@ class Distill(Record):
 
     ``teacher``: ``dense`` is the model handed in, ``previous`` the model as the last fine-tuning stage left it.
     Plain knowledge distillation is ``feature: 0``.
+
+    Args:
+        blocks: ``all`` compares block by block; numbers are teacher blocks, 1-based, compared with the student's blocks
+            1, 2, ...
+        project: learned linear maps from the student's width to the teacher's, where these differ.
+        cache: keep the teacher's outputs of every sample on disk instead of running it at each step.
     """
 
     method: Literal["mixed"] = "mixed"
@@ -73,6 +80,9 @@ class Distill(Record):
     temperature: float = Field(2.0, gt=0)
     kl_t_squared: bool = False
     features: tuple[Literal["attn_out", "block_out"], ...] = ("attn_out", "block_out")
+    blocks: Literal["all"] | tuple[int, ...] = "all"
+    project: bool = False
+    cache: bool = False
     labels: bool = True
 
 
@@ -143,6 +153,21 @@ class Iterative(Record):
     step: float = Field(0.1, gt=0, lt=1)
     interval: int = Field(5000, ge=1)
     start_from: Literal["trained", "rewound"] = "trained"
+
+    def events(self, zeros: float) -> int:
+        """Number of prune events until a share ``zeros`` of the weights is pruned.
+
+        Raises:
+            ValueError: that is no whole number of steps; the message names the nearest shares that are.
+        """
+        count = zeros / self.step
+        if round(count) >= 1 and abs(count - round(count)) < 1e-6:
+            return round(count)
+        near = [k * self.step for k in (math.floor(count), math.ceil(count)) if 0 < k * self.step < 1]
+        raise ValueError(
+            f"policy iterative prunes {self.step:.4g} of the weights at each event, and {zeros:.4g} is no multiple of "
+            f"that: write sparsity {' or '.join(f'{share * 100:.4g}%' for share in near)}, or another step"
+        )
 
 
 class Dropout(Record):

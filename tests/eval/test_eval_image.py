@@ -33,8 +33,8 @@ def _parquet(folder: Path, columns: dict[str, Any]) -> Path:
 
 
 def test_digits_split() -> None:
-    """scikit-learn documents 1,797 images, 178 182 177 183 181 182 181 179 174 180 per class; the 5th, 10th, ... of each
-    are validation, the 2nd, 7th, ... test. Together the parts are the whole set, and no image is in two of them."""
+    """scikit-learn documents 1,797 images, 178 182 177 183 181 182 181 179 174 180 per class; the 5th, 10th, ... of
+    each are validation, the 2nd, 7th, ... test. Together the parts are the whole set, no image is in two."""
     whole = np.array([178, 182, 177, 183, 181, 182, 181, 179, 174, 180])
     parts = {split: DIGITS.rows(split, None) for split in DIGITS.splits}
     counts = {split: np.bincount([row["label"] for row in rows]) for split, rows in parts.items()}

@@ -1,0 +1,98 @@
+"""The folder of an unfinished run: what makes a killed run go on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..models.dense import Dense, describe
+from .recipe import Recipe
+from .train_data import TrainData
+
+PROGRESS = "progress.json"
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on."""
+
+
+class Work:
+    """The folder of an unfinished run: ``progress.json`` and ``stage-<k>.safetensors`` for every finished stage."""
+
+    def __init__(self, folder: Path, fingerprint: str, restart: bool) -> None:
+        self.folder = folder
+        self.records: list[dict[str, Any]] = []
+        self.fingerprint = fingerprint
+        if restart and folder.exists():
+            shutil.rmtree(folder)
+        if (folder / PROGRESS).is_file():
+            progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+            if progress["fingerprint"] != fingerprint:
+                raise RunError(
+                    f"{folder} holds an unfinished run with another recipe, model or data; give --restart to throw it "
+                    "away, or choose another output folder"
+                )
+            self.records = progress["records"]
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write()
+
+    @property
+    def done(self) -> int:
+        return len(self.records)
+
+    def _write(self) -> None:
+        temporary = self.folder / f"{PROGRESS}.tmp"
+        temporary.write_text(json.dumps({"fingerprint": self.fingerprint, "records": self.records}), encoding="utf-8")
+        temporary.replace(self.folder / PROGRESS)
+
+    def finish(self, model: nn.Module, index: int, record: dict[str, Any]) -> None:
+        """Save the state after a stage, then mark it done, then drop the stage's own checkpoints."""
+        state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+        temporary = self.folder / f"stage-{index}.tmp"
+        save_file(state, temporary)
+        temporary.replace(self.folder / f"stage-{index}.safetensors")
+        self.records.append(record)
+        self._write()
+        shutil.rmtree(self.folder / f"stage-{index}", ignore_errors=True)
+
+    def keep_log(self, index: int, lines: list[dict[str, Any]]) -> None:
+        """Keep the journal of a training stage until the checkpoint is written."""
+        if lines:
+            text = "".join(json.dumps({"stage": index + 1} | line) + "\n" for line in lines)
+            (self.folder / f"log-{index}.jsonl").write_text(text, encoding="utf-8")
+
+    def write_log(self, path: Path) -> None:
+        """Join the journals of all stages into one file; none where there is nothing to say."""
+        found = sorted(self.folder.glob("log-*.jsonl"), key=lambda log: int(log.stem.split("-")[1]))
+        if found:
+            path.write_text("".join(log.read_text(encoding="utf-8") for log in found), encoding="utf-8")
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
+    def load_(self, model: nn.Module, index: int) -> None:
+        """Put the state after stage ``index`` into an attached model; quantizers know by their scale if they are on."""
+        model.load_state_dict(load_file(self.folder / f"stage-{index}.safetensors"))
+
+
+def fingerprint(dense: Dense, base: Dense, recipe: Recipe, data: TrainData | None) -> str:
+    """Changes when the recipe, the base weights or the data do; a run resumes only what it began."""
+    digest = hashlib.sha256(recipe.model_dump_json().encode())
+    digest.update(json.dumps(describe(dense.model), sort_keys=True).encode())
+    for model in {id(m): m for m in (dense.model, base.model)}.values():
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    if data is not None:
+        digest.update(str(len(data.features)).encode())
+        for feature in (data.features[0], data.features[-1]):
+            digest.update(repr(sorted((k, str(v)) for k, v in feature.items())).encode())
+    return digest.hexdigest()
