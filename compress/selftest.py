@@ -141,7 +141,9 @@ def _sparsity(model: nn.Module) -> Check:
             return Check("sparsity", False, f"{name} has a group with more than 2 of 4 weights")
         tail = w_OI.shape[1] % _PATTERN.m
         allowed += w_OI.shape[0] * (w_OI.shape[1] // _PATTERN.m * _PATTERN.n + min(_PATTERN.n, tail))
-        kept, total = kept + int(w_OI.count_nonzero()), total + w_OI.numel()
+        # Of the mask: a kept weight may be zero already, as many of a model that came from 4 bits are.
+        assert parametrization.mask_OI is not None
+        kept, total = kept + int(parametrization.mask_OI.count_nonzero()), total + w_OI.numel()
     return Check(
         "sparsity", kept == allowed, f"2:4 everywhere, density {kept / total:.4f} (expected {allowed / total:.4f})"
     )

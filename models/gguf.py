@@ -48,7 +48,7 @@ def read_gguf(file: Path, kind: str, num_labels: int | None) -> tuple[nn.Module,
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     config = hf.AutoConfig.from_pretrained(**where)
-    cls = model_class(config, kind)
+    cls = model_class(config, "causal-lm" if kind == "auto" else kind)  # the file does not say; all hold such models
     set_labels_(config, kind, num_labels)
     loaded = cls.from_pretrained(**where, config=config, dtype=torch.float32)
     description = describe(loaded)

@@ -95,7 +95,7 @@ def test_finetune_compress_eval_verify_bench_card(dense, checkpoint, tmp_path):
         (("compress", "{dense}", "-r", "asp-2-4", "-t", "glue/mrpc", "-o", "{tmp}/x"), "is a task on text"),
         (("verify", "{dense}"), "holds no squeezoo.json"),
         (("info", "nothing"), "nothing"),
-        (("adapters", "--show", "resnet"), "known: bert"),
+        (("adapters", "--show", "resnet"), "Known: bert"),
         (("card", "{checkpoint}", "--dense", "{dense}"), "give --task"),
         (("card", "{checkpoint}", "--dense", "{dense}", "--task", "digits", "--also", "x"), "NAME=FOLDER"),
     ],

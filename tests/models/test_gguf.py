@@ -71,7 +71,7 @@ def test_gguf_becomes_a_dense_model(tmp_path: Path) -> None:
     tokenizer is in the file; what comes out can be described, saved and compressed like any other."""
     original = tiny.ALL["llama"]()
     values = write_gguf(original, tmp_path / "tiny.Q4_1.gguf")
-    dense = load_dense(tmp_path, kind="causal-lm")
+    dense = load_dense(tmp_path, kind="auto")
     assert (type(dense.model).__name__, dense.library) == ("LlamaForCausalLM", "transformers")
     state = dense.model.state_dict()
     for name, value in values.items():
