@@ -21,8 +21,9 @@ from .compress.engine import read_provenance
 from .compress.train_data import TrainData
 from .eval import get_task
 from .eval.data import collator
-from .eval.fit import check_labels, check_reads
+from .eval.fit import check_labels, check_reads, head_kind
 from .eval.image import declared_shape
+from .eval.perplexity import context_length
 from .eval.run import evaluate, sample_rows
 from .eval.speed import Speed, benchmark, make_batch
 from .eval.task import Task
@@ -92,32 +93,46 @@ def load_for(source: str, task: Task | None, *, seed: int = 0) -> Dense:
 
 
 def training_data(
-    task_name: str | Task,
+    task: Task | str,
     processor: Any,
     *,
     data_dir: str | Path | None = None,
-    max_length: int = 128,
+    max_length: int | None = None,
     limit: int | None = None,
     model: nn.Module | None = None,
+    split: str | None = None,
 ) -> TrainData:
     """The training split of a task as the engine takes it.
 
     Args:
-        processor: tokenizer or image processor of the model.
-        model: is checked against the task, and says the image size where there is no processor.
+        processor: tokenizer, image or speech processor of the model.
+        max_length: tokens of a sequence, or of a block of text; None takes the task's own fine-tuning default. Never
+            more than the model can read.
         limit: so many rows instead of all, always the same ones.
+        model: is checked against the task, and says the image size where there is no processor.
+        split: None takes the task's first one.
 
     Raises:
-        ValueError: unknown task, or one that the model cannot do. DataError: its files are missing or broken.
+        ValueError: unknown task or split, or a task that the model cannot do. DataError: its files are missing or
+            broken.
     """
-    task = get_task(task_name) if isinstance(task_name, str) else task_name
+    task = get_task(task) if isinstance(task, str) else task
+    split = task.splits[0] if split is None else split
+    task.size(split)
+    if max_length is None:
+        max_length = task.finetune.max_length if task.finetune is not None else task.max_length or 0
     if model is not None:
         check_reads(model, task)
         check_labels(model, task)
-    rows = sample_rows(task.rows(task.splits[0], data_dir), limit)
-    image = task.kind == "image-classification"
-    features = task.encode(rows, model if processor is None and image else processor, max_length)
-    return TrainData(features, collator(processor), task.augment)
+        context = context_length(model, processor) if task.reads == "text" else None
+        max_length = max_length if context is None else min(max_length, context)
+    augment = task.augment if task.make_augment is None else task.make_augment(processor)
+    rows = sample_rows(task.rows(split, data_dir), limit)
+    encode = task.train_encode or task.encode
+    if model is not None and task.train_encode_by_head:
+        encode = task.train_encode_by_head[head_kind(model)]
+    features = encode(rows, model if processor is None and task.reads == "images" else processor, max_length)
+    return TrainData(features, collator(processor), augment)
 
 
 def measure_card(

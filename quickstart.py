@@ -7,6 +7,7 @@ saved, loaded as int8, scored and timed beside its dense self. Every step is the
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from .compress.engine import compress, train_dense
@@ -28,9 +29,11 @@ DENSE_SETTINGS = {"epochs": 50, "learning_rate": 1e-3, "batch_size": 32, "weight
 COMPRESS_SETTINGS = {"epochs": 8, "learning_rate": 3e-4, "batch_size": 32, "weight_decay": 0.05}
 BATCHES = (1, 32, 128)
 LIMITS = (
-    "A demonstration model: 8 x 8 pixel scans, 1,080 of them to learn from. It recognises single, centred digits.",
+    "A demonstration model: 8 x 8 pixel scans, 1,435 of them to learn from. It recognises single, centred digits.",
     "The settings (width, depth, patch size, rate, epochs, augmentation) were chosen by accuracy on the 355 validation "
-    "scans, over some 20 dense configurations and two of compression; the 362 test scans took no part in it.",
+    "scans, over some 20 dense configurations and two of compression; the 362 test scans took no part in it. Trained "
+    "with these settings on the 1,080 training scans alone, dense and compressed both score 95.58 % on the test scans; "
+    "after that the validation scans joined the training, the one decision made with a test figure in view.",
     "The test scans may be by the same writers as the training scans; scikit-learn's data does not name them.",
 )
 
@@ -40,7 +43,9 @@ def run_quickstart(folder: Path, say: Callable[[str], None] = lambda _: None, pr
     dense_folder, out = folder / "dense", folder / NAME
     hardware = device_name()
     fresh = load_dense(ARCHITECTURE, model_args=MODEL_ARGS)
-    data = training_data(TASK, None, model=fresh.model)
+    parts = [training_data(TASK, None, model=fresh.model, split=split) for split in ("train", "validation")]
+    # The settings are chosen, so the validation scans are for learning now.
+    data = replace(parts[0], features=[sample for part in parts for sample in part.features])
     if not (dense_folder / "config.json").is_file():
         say(
             f"training the dense model: {ARCHITECTURE}, {DENSE_SETTINGS['epochs']} epochs on {len(data.features)} scans"

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from .glue import MRPC, SST2
+from .dialogue import DIALOGUES
+from .glue import GLUE
 from .image import CIFAR10, DIGITS
+from .language import LANGUAGE
+from .ner import NER
+from .sentiment import SENTIMENT
+from .squad import SQUAD
+from .summarize import SUMMARIES
 from .task import Score, Task, nearest
 
-TASKS: dict[str, Task] = {task.name: task for task in (SST2, MRPC, DIGITS, CIFAR10)}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (*GLUE, DIGITS, CIFAR10, *LANGUAGE, *NER, *SENTIMENT, *SQUAD, *SUMMARIES, *DIALOGUES)
+}
 
 
 def get_task(name: str) -> Task:

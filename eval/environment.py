@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
-LIBRARIES = ("squeezoo", "torch", "transformers", "timm", "datasets", "scikit-learn", "numpy")
+LIBRARIES = (
+    "squeezoo", "torch", "transformers", "tokenizers", "timm", "datasets", "scikit-learn", "scipy", "numpy",
+    "sacrebleu", "rouge-score", "jiwer", "seqeval",
+)  # fmt: skip
 # the features that decide which int8 and bf16 kernels a CPU can run (x86, then Arm)
 CPU_FEATURES = (
     "avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16",
@@ -73,7 +76,8 @@ def device_name(device: str | torch.device = "cpu") -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Everything above as JSON data: ``libraries``, ``platform``, ``cpu``, ``gpus`` (an empty list without CUDA)."""
+    """Everything above as JSON data: ``libraries``, ``platform``, ``cpu``, ``memory_bytes`` (None where unknown),
+    ``cuda`` (versions of CUDA, cuDNN and cuSPARSELt, None in a build without), ``gpus`` (empty without any)."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "libraries": library_versions(),
@@ -85,11 +89,34 @@ def environment() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "torch_capability": torch.backends.cpu.get_cpu_capability(),
         },
+        "memory_bytes": _memory_bytes(),
+        "cuda": _cuda_versions(),
         "gpus": [
             {
                 "name": torch.cuda.get_device_name(index),
                 "capability": ".".join(map(str, torch.cuda.get_device_capability(index))),
+                "memory_bytes": torch.cuda.get_device_properties(index).total_memory,
+                "multiprocessors": torch.cuda.get_device_properties(index).multi_processor_count,
             }
             for index in range(torch.cuda.device_count())
         ],
+    }
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _cuda_versions() -> dict[str, Any] | None:
+    """Of the libraries that this PyTorch brings; cuSPARSELt decides whether 2:4 kernels exist."""
+    if torch.version.cuda is None:
+        return None
+    sparse = torch.backends.cusparselt
+    return {
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "cusparselt": sparse.version() if sparse.is_available() else None,
     }

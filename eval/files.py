@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 DATA_VARIABLE = "SQUEEZOO_DATA"
 
@@ -90,13 +91,22 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def read_tsv(path: Path, columns: Iterable[str]) -> Iterator[TsvRow]:
-    """The lines of a tab-separated file with a header, quoting off (a quotation mark is an ordinary character).
+def read_tsv(
+    path: Path,
+    columns: Iterable[str],
+    *,
+    header: Sequence[str] | None = None,
+    fields: Literal["exact", "more", "skip-short"] = "exact",
+) -> Iterator[TsvRow]:
+    """The lines of a tab-separated file, quoting off (a quotation mark is an ordinary character).
 
     Only line feeds end a line: published texts hold other Unicode line separators inside sentences.
 
     Args:
         columns: names that the header must hold; the values of other columns are dropped.
+        header: the columns of a file that has no header line; None reads the first line.
+        fields: how many fields a line must have: as many as the header; at least as many (``more``); or at least as
+            many, and shorter lines are skipped, for official files that are known to hold such.
 
     Raises:
         DataError: with file and line, for a missing column, a line with too few or too many fields or an empty field,
@@ -106,18 +116,21 @@ def read_tsv(path: Path, columns: Iterable[str]) -> Iterator[TsvRow]:
     lines = read_text(path).split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
-    header = lines[0].rstrip("\r").split("\t") if lines else []
-    absent = [name for name in wanted if name not in header]
+    first = 1 if header is None else 0
+    names = list(header or (lines[0].rstrip("\r").split("\t") if lines else []))
+    absent = [name for name in wanted if name not in names]
     if absent:
-        raise DataError(f"{path}:1: expected the columns {wanted}, found {header}: {absent} missing")
-    if len(lines) == 1:
-        raise DataError(f"{path}:1: expected rows after the header, found none")
-    position = {name: header.index(name) for name in wanted}
-    for number, line in enumerate(lines[1:], start=2):
+        raise DataError(f"{path}:1: expected the columns {wanted}, found {names}: {absent} missing")
+    if len(lines) == first:
+        raise DataError(f"{path}:1: expected rows{' after the header' if first else ''}, found none")
+    position = {name: names.index(name) for name in wanted}
+    for number, line in enumerate(lines[first:], start=first + 1):
         where = f"{path}:{number}"
         cells = line.rstrip("\r").split("\t")
-        if len(cells) != len(header):
-            raise DataError(f"{where}: expected {len(header)} tab-separated fields {header}, found {len(cells)}")
+        if len(cells) < len(names) and fields == "skip-short":
+            continue
+        if len(cells) < len(names) or (fields == "exact" and len(cells) > len(names)):
+            raise DataError(f"{where}: expected {len(names)} tab-separated fields {names}, found {len(cells)}")
         values = {name: cells[index] for name, index in position.items()}
         for name, value in values.items():
             if not value.strip():
@@ -125,16 +138,57 @@ def read_tsv(path: Path, columns: Iterable[str]) -> Iterator[TsvRow]:
         yield TsvRow(where, values)
 
 
-def parse_label(value: str | int, num_labels: int, where: str) -> int:
-    """A class id from a cell. Raises DataError when it is not an integer in 0 .. num_labels - 1."""
+def read_parquet(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a parquet file, with these columns alone.
+
+    Raises:
+        DataError: not parquet, a column missing, or no rows.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({error})") from error
+    absent = [name for name in columns if name not in table.column_names]
+    if absent:
+        raise DataError(f"{path}: expected the columns {list(columns)}, found {table.column_names}: {absent} missing")
+    if table.num_rows == 0:
+        raise DataError(f"{path}: expected rows, found none")
+    rows: list[dict[str, Any]] = table.select(list(columns)).to_pylist()
+    return rows
+
+
+def parse_label(value: str | int, num_labels: int, where: str, names: Sequence[str] = ()) -> int:
+    """A class id from a cell that holds the id or one of ``names``. Raises DataError when it is neither."""
     text = str(value).strip()
+    if text in names:
+        return names.index(text)
     if text.isascii() and text.isdigit() and int(text) < num_labels:
         return int(text)
-    raise DataError(f"{where}: expected a label 0 to {num_labels - 1}, found {str(value)!r}")
+    also = f" or one of {', '.join(names)}" if names else ""
+    raise DataError(f"{where}: expected a label 0 to {num_labels - 1}{also}, found {str(value)!r}")
 
 
-def load_from_hub(what: str, repository: str, name: str | None, split: str) -> Sequence[dict]:
+def parse_number(value: str | float, low: float, high: float, where: str) -> float:
+    """A number from a cell. Raises DataError when it is none, or outside ``low`` to ``high``."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = float("nan")
+    if not low <= number <= high:
+        raise DataError(f"{where}: expected a number from {low:g} to {high:g}, found {str(value)!r}")
+    return number
+
+
+def load_from_hub(
+    what: str, repository: str, name: str | None, split: str, revision: str | None = None
+) -> Sequence[dict]:
     """One split of a Hub dataset through ``datasets`` (its cache is used when offline).
+
+    Args:
+        revision: branch or commit; ``refs/convert/parquet`` for data sets whose main branch is a script.
 
     Raises:
         MissingDataError: it is neither reachable nor cached.
@@ -143,7 +197,7 @@ def load_from_hub(what: str, repository: str, name: str | None, split: str) -> S
     from datasets.exceptions import DatasetsError
 
     try:
-        return load_dataset(repository, name, split=split)
+        return load_dataset(repository, name, split=split, revision=revision)
     except (OSError, ValueError, DatasetsError) as error:
         place = repository if name is None else f"{repository} ({name})"
         raise missing(

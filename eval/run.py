@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..models.call import TARGETS
 from ..models.dense import logits
-from .data import batches, collator
 from .environment import library_versions
-from .fit import check_reads
-from .progress import progress_bar
-from .task import Feature, Row, Score, Task
+from .fit import check_head, check_reads
+from .runner import Runner, evaluating
+from .task import Feature, Row, Score, Setting, Task
 
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each module's own mode is restored afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+__all__ = ["evaluate", "evaluating", "predict", "sample_rows"]
 
 
 def predict(
@@ -56,25 +44,13 @@ def predict(
     Raises:
         ValueError: no features, or outputs that are not finite.
     """
-    if not len(features):
-        raise ValueError("nothing to predict: there are no features")
-    model.to(device)
-    join = collator(processor)
-    outputs: torch.Tensor | None = None
-    with progress_bar(progress) as bar, evaluating(model):
-        line = bar.add_task(description, total=len(features))
-        for indices, chosen in batches(features, batch_size):
-            batch = {name: tensor.to(device) for name, tensor in join(chosen).items() if name != "labels"}
-            result = logits(model, batch).float().cpu()
-            if outputs is None:
-                outputs = result.new_empty((len(features), *result.shape[1:]))
-            outputs[indices] = result
-            bar.advance(line, len(indices))
-    assert outputs is not None
+    runner = Runner(model, processor, device, batch_size, progress=progress, title=description)
+    rows = runner.map(features, lambda model, batch: logits(model, batch).float().cpu(), drop=TARGETS)
+    outputs = torch.stack(rows)
     broken = (~outputs.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if broken:
         raise ValueError(f"the model gives NaN or infinite logits for {len(broken)} rows, the first is row {broken[0]}")
-    return outputs.clone()  # made under inference mode; a clone outside it is an ordinary tensor
+    return outputs
 
 
 def sample_rows(rows: Sequence[Row], limit: int | None) -> Sequence[Row]:
@@ -98,7 +74,8 @@ def evaluate(
     batch_size: int = 32,
     limit: int | None = None,
     device: str | torch.device = "cpu",
-    max_length: int = 128,
+    max_length: int | None = None,
+    settings: Mapping[str, Setting] | None = None,
     seed: int | None = None,
     progress: bool = True,
 ) -> tuple[Score, ...]:
@@ -108,18 +85,20 @@ def evaluate(
     (beyond the rounding of sums over differently padded rows).
 
     Args:
-        model: a transformers or timm classifier; moved to ``device``.
-        processor: its tokenizer, image processor or None; for images None means the size that the model declares.
+        model: of transformers or timm, with the head that the task needs; moved to ``device``.
+        processor: its tokenizer, image or speech processor, or None; for images None means the size that the model
+            declares.
         split: None takes the task's last one.
         limit: score only so many rows, always the same ones; the scores are then marked as not complete.
-        max_length: longer texts are truncated to so many tokens.
+        max_length: longer texts are truncated to so many tokens; None takes the task's own.
+        settings: values for the names in ``task.settings``.
         seed: training seed of the model, recorded in the scores.
 
     Returns:
         One `Score` per metric, the task's primary metric first.
 
     Raises:
-        ValueError: unknown task or split, no tokenizer, or a model whose logits do not fit the task.
+        ValueError: unknown task, split or setting, no tokenizer, or a model that does not fit the task.
         DataError: data missing or broken.
     """
     if isinstance(task, str):
@@ -128,31 +107,56 @@ def evaluate(
         task = get_task(task)
     split = task.report_split if split is None else split
     size = task.size(split)
+    conditions = task.resolved(settings)
     check_reads(model, task)
-    rows = task.rows(split, data_dir)
-    chosen = sample_rows(rows, limit)
-    text = task.kind == "text-classification"
-    features = task.encode(chosen, model if processor is None and not text else processor, max_length)
-    logits_NC = predict(
-        model, features, batch_size, device, processor=processor, progress=progress, description=f"{task.name} {split}"
+    check_head(model, task)
+    length = 0
+    if task.max_length is not None:
+        length = task.max_length if max_length is None else max_length
+        conditions = {"max_length": length, **conditions}
+    rows = sample_rows(task.rows(split, data_dir), limit)
+    conditions |= rows[0].get("settings", {}) if rows else {}
+    runner = Runner(
+        model, processor, device, batch_size, length, conditions, progress=progress, title=f"{task.name} {split}"
     )
+    predictions = predict_classes(runner, rows, task) if task.predict is None else task.predict(runner, rows)
+    values = task.score(predictions, [task.reference(row) for row in rows])
+    return _scores(
+        task,
+        values,
+        split=split,
+        samples=len(rows),
+        complete=len(rows) == size,
+        libraries=library_versions(),
+        seed=seed,
+        settings=conditions,
+    )
+
+
+def predict_classes(runner: Runner, rows: Sequence[Row], task: Task) -> list[Any]:
+    """One forward per row: the class of the largest logit, the logit itself for regression.
+
+    Raises:
+        ValueError: features and rows differ in number, or logits of another width than the task has labels.
+    """
+    image = task.reads == "images"
+    features = task.encode(
+        rows, runner.model if runner.processor is None and image else runner.processor, runner.max_length
+    )
+    if len(features) != len(rows):
+        raise ValueError(f"{task.name}: encode gives {len(features)} features for {len(rows)} rows, expected as many")
+    logits_NC = predict(
+        runner.model, features, runner.batch_size, runner.device,
+        processor=runner.processor, progress=runner.progress, description=runner.title,
+    )  # fmt: skip
     if logits_NC.ndim != 2 or logits_NC.shape[1] != task.num_labels:
         raise ValueError(
             f"{task.name} needs logits [rows, {task.num_labels}], the model gives {list(logits_NC.shape)}: "
             f"load it with num_labels={task.num_labels} and fine-tune it on this task"
         )
-    predictions = logits_NC.argmax(-1).tolist()
-    values = task.score(predictions, [int(row["label"]) for row in chosen])
-    return _scores(
-        task,
-        values,
-        split=split,
-        samples=len(chosen),
-        complete=len(chosen) == size,
-        libraries=library_versions(),
-        seed=seed,
-        settings={"max_length": max_length} if text else {},
-    )
+    if task.kind == "text-regression":
+        return logits_NC[:, 0].tolist()
+    return logits_NC.argmax(-1).tolist()
 
 
 def _scores(task: Task, values: Mapping[str, float], **common: Any) -> tuple[Score, ...]:
@@ -166,7 +170,7 @@ def _scores(task: Task, values: Mapping[str, float], **common: Any) -> tuple[Sco
             task_version=task.version,
             metric=name,
             value=values[name],
-            higher_is_better=task.higher_is_better,
+            higher_is_better=task.higher_is_better != (name in task.opposite),
             **common,
         )
         for name in names

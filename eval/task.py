@@ -5,18 +5,48 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from .fields import checked_fields, require_bool, require_count, require_libraries, require_text
 
 if TYPE_CHECKING:
     import torch
 
+    from ..models.kinds import Kind as ModelKind
+    from .runner import Runner
+
     Batch = dict[str, torch.Tensor]
 
-Kind = Literal["text-classification", "image-classification"]
+__all__ = [
+    "FinetuneDefaults", "Kind", "Score", "Task", "checked_fields", "nearest", "require_count", "require_libraries",
+    "require_text",
+]  # fmt: skip
+
+Kind = Literal[
+    "text-classification", "text-regression", "token-classification", "question-answering", "causal-lm", "masked-lm",
+    "summarization", "dialogue", "image-classification", "speech-recognition",
+]  # fmt: skip
 Row = Mapping[str, Any]
 Feature = Mapping[str, Any]
+Setting = str | int | float
+IGNORED = -100  # label of a token that has none
+
+# kind of task: what the model reads, and the heads that can do it, as ``load_dense(kind=...)`` says them
+NEEDS: dict[str, tuple[str, tuple[ModelKind, ...]]] = {
+    "text-classification": ("text", ("classification",)),
+    "text-regression": ("text", ("classification",)),
+    "token-classification": ("text", ("token",)),
+    "question-answering": ("text", ("question-answering",)),
+    "causal-lm": ("text", ("causal-lm",)),
+    "masked-lm": ("text", ("masked-lm",)),
+    "summarization": ("text", ("seq2seq-lm", "causal-lm")),
+    "dialogue": ("text", ("causal-lm", "seq2seq-lm")),
+    "image-classification": ("images", ("classification",)),
+    "speech-recognition": ("sound", ("ctc",)),
+}
 
 
 def nearest(what: str, name: str, known: Iterable[str]) -> str:
@@ -28,61 +58,160 @@ def nearest(what: str, name: str, known: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True)
+class FinetuneDefaults:
+    """How a paper fine-tuned the dense baseline on a task; used where the user says nothing else.
+
+    Args:
+        epochs, learning_rate, batch_size: the batch is that of one step, over all devices of the source.
+        max_length: tokens of a training sequence.
+        source: paper, table or section; what it does not say and was chosen stands here too.
+    """
+
+    epochs: float
+    learning_rate: float
+    batch_size: int
+    max_length: int
+    source: str
+
+
+@dataclass(frozen=True)
 class Task:
     """One benchmark: where its rows come from, how they become model inputs, how predictions are scored.
 
+    The way of a score (`eval.run.evaluate`)::
+
+        rows        = task.rows(split, data_dir)            --limit draws from these
+        predictions = task.predict(runner, rows)            by default one forward per row, see ``predict``
+        values      = task.score(predictions, [task.reference(row) for row in rows])
+
+    and of training (`pipeline.training_data`)::
+
+        features = (task.train_encode or task.encode)(rows, processor, max_length)
+        batch    = task.augment(collate(features), generator)          or task.make_augment(processor) in its place
+
     Args:
-        name: unique, ``family/member`` where there is a family, e.g. ``glue/sst2``.
+        name: unique, ``family/member`` where there is a family, e.g. ``glue/sst2``. Protocols whose numbers cannot be
+            compared are different tasks: ``wikitext2/token``, ``wikitext2/word``.
         version: raised whenever a change moves the numbers; scores of different versions are not comparable.
         source: citation of the data and of the metric.
         kind: what the model must be able to do.
-        num_labels: width of the model's logits.
+        num_labels: width of the model's logits; None where the vocabulary decides.
         splits: names of the labelled splits; the first is trained on, the last is reported.
         sizes: official number of rows of each split; a score over any other number is not complete.
         metric: the primary metric, one of the keys that ``score`` returns.
         higher_is_better: direction of the primary metric.
-        rows: ``rows(split, data_dir)`` reads one split as dicts with at least ``label``; ``data_dir`` None means
-            ``$SQUEEZOO_DATA``, then the Hub. Raises `DataError` for what is missing or broken.
-        encode: ``encode(rows, processor, max_length)`` gives one feature dict per row (model inputs and ``labels``),
-            unpadded text or one image each; a sequence that may compute its items on access.
-        score: ``score(predictions, labels)``, a pure function of class ids [n] and class ids [n]; values are fractions.
+        rows: ``rows(split, data_dir)`` reads one split as dicts; ``data_dir`` None means ``$SQUEEZOO_DATA``, then the
+            Hub. Raises `DataError` for what is missing or broken. What the files decide and moves the score (a variant
+            of the text) stands in each row as ``settings``, a mapping, and is recorded.
+        encode: ``encode(rows, processor, max_length)`` gives feature dicts: model inputs and targets, unpadded lists of
+            tokens or one image each; a sequence that may compute its items on access. One per row, in order, for tasks
+            without ``predict``. Keys that begin with ``_`` stay out of the batches: notes for ``predict``, such as
+            ``_row`` and ``_offsets`` of a window. ``collate`` pads ``labels`` with -100.
+        score: ``score(predictions, references)``, a pure function; fractions, not percentages.
         augment: ``augment(batch, generator)`` returns a randomly changed copy of a batch; for training only.
+        predict: ``predict(runner, rows)`` gives what ``score`` takes first; None means one forward per row and the
+            class of the largest logit (the logit itself for regression). Tasks of other shape (windows, generation,
+            perplexity, CTC) encode here and call ``runner.map`` or ``runner.generate``, which batch by length, move to
+            the device, restore the order and show the progress. See `eval.runner.Runner`. What ``predict`` writes into
+            ``runner.settings`` is recorded in the scores.
+        reference: what of a row ``score`` needs; its ``label`` by default.
+        train_encode: features to train on where they differ from ``encode``'s (windows with answers, blocks of text).
+        train_encode_by_head: the same where they depend on the model's head, by its kind (text of a decoder, pairs of
+            an encoder-decoder).
+        max_length: default of the truncation, in tokens; None where nothing is truncated, and then none is recorded.
+        settings: what else moves the score, with its defaults; ``evaluate(settings=...)`` may change the values of
+            these names and no others.
+        opposite: metrics that point the other way than the primary one (TER beside BLEU).
+        make_augment: ``make_augment(processor)`` gives the ``augment`` that needs the tokenizer (masking).
+        unlabelled: official splits that have no public labels; asking for one says so.
+        finetune: how the papers trained the dense baseline.
+        label_names: name of each class, in the order of the logits; empty where there is none to know.
     """
 
     name: str
     version: int
     source: str
     kind: Kind
-    num_labels: int
+    num_labels: int | None
     splits: tuple[str, ...]
     sizes: tuple[int, ...]
     metric: str
     higher_is_better: bool
     rows: Callable[[str, str | Path | None], Sequence[Row]]
     encode: Callable[[Sequence[Row], Any, int], Sequence[Feature]]
-    score: Callable[[Sequence[int], Sequence[int]], dict[str, float]]
+    score: Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
     augment: Callable[[Batch, torch.Generator], Batch] | None = None
+    predict: Callable[[Runner, Sequence[Row]], Sequence[Any]] | None = None
+    reference: Callable[[Row], Any] = itemgetter("label")
+    train_encode: Callable[[Sequence[Row], Any, int], Sequence[Feature]] | None = None
+    train_encode_by_head: Mapping[str, Callable[[Sequence[Row], Any, int], Sequence[Feature]]] = field(
+        default_factory=dict
+    )
+    max_length: int | None = None
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    opposite: tuple[str, ...] = ()
+    make_augment: Callable[[Any], Callable[[Batch, torch.Generator], Batch]] | None = None
+    unlabelled: tuple[str, ...] = ()
+    finetune: FinetuneDefaults | None = None
+    label_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require_text(self, "name", "source", "metric")
-        require_count(self, "version", "num_labels")
+        require_count(
+            self, "version", *(name for name in ("num_labels", "max_length") if getattr(self, name) is not None)
+        )
         if self.kind not in get_args(Kind):
             raise ValueError(f"task {self.name}: " + nearest("kind", str(self.kind), get_args(Kind)))
         if not isinstance(self.splits, tuple) or not self.splits or len(set(self.splits)) != len(self.splits):
             raise ValueError(f"task {self.name}: splits must be a tuple of different names, got {self.splits!r}")
         if len(self.sizes) != len(self.splits) or not all(size >= 1 for size in self.sizes):
             raise ValueError(f"task {self.name}: sizes must give a number of rows per split, got {self.sizes!r}")
+        if self.label_names and len(self.label_names) != self.num_labels:
+            raise ValueError(f"task {self.name}: label_names must be {self.num_labels} names, got {self.label_names!r}")
 
     @property
     def report_split(self) -> str:
         """The split whose score is published: the last one."""
         return self.splits[-1]
 
+    @property
+    def reads(self) -> str:
+        """What the model is fed with: ``text``, ``images`` or ``sound``."""
+        return NEEDS[self.kind][0]
+
+    @property
+    def model_kinds(self) -> tuple[ModelKind, ...]:
+        """The heads that can do this task, as ``load_dense(kind=...)`` says them; the first is the usual one."""
+        return NEEDS[self.kind][1]
+
     def size(self, split: str) -> int:
         """Official number of rows of ``split``. Raises ValueError with the known splits and the nearest one."""
+        if split in self.unlabelled:
+            raise ValueError(
+                f"{self.name}: the official split {split!r} has no public labels, so nothing can be scored on it; "
+                f"take one of {', '.join(self.splits)}"
+            )
         if split not in self.splits:
             raise ValueError(f"{self.name}: " + nearest("split", split, self.splits))
         return self.sizes[self.splits.index(split)]
+
+    def resolved(self, chosen: Mapping[str, Setting] | None) -> dict[str, Setting]:
+        """The task's settings with the user's values, which take the type of the default (text is parsed).
+
+        Raises:
+            ValueError: a name that the task does not have, or a value of another type.
+        """
+        settings = dict(self.settings)
+        for name, value in (chosen or {}).items():
+            if name not in settings:
+                known = settings or ("none: it has no settings",)
+                raise ValueError(f"{self.name}: " + nearest("setting", name, known))
+            wanted = type(settings[name])
+            try:
+                settings[name] = wanted(value)
+            except ValueError as error:
+                raise ValueError(f"{self.name}: setting {name} is a {wanted.__name__}, found {value!r}") from error
+        return settings
 
 
 @dataclass(frozen=True)
@@ -132,45 +261,3 @@ class Score:
     def from_dict(cls, data: Mapping[str, Any]) -> Score:
         """Build a score from `to_dict`'s data. Raises ValueError naming unknown or missing keys."""
         return cls(**checked_fields(cls, data))
-
-
-def checked_fields(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
-    """``data`` as keyword arguments of the record ``cls``; ValueError names every unknown or missing key."""
-    known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls)}
-    unknown = sorted(set(data) - set(known))
-    missing = [name for name, required in known.items() if required and name not in data]
-    if unknown or missing:
-        raise ValueError(f"{cls.__name__}: missing keys {missing}, unknown keys {unknown}; expected {list(known)}")
-    return dict(data)
-
-
-def require_text(record: Any, *names: str) -> None:
-    """The fields ``names`` of a record hold texts with something in them, or ValueError says which does not."""
-    for name in names:
-        value = getattr(record, name)
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{type(record).__name__}: {name} must be a non-empty text, got {value!r}")
-
-
-def require_count(record: Any, *names: str) -> None:
-    """The fields ``names`` of a record hold integers of at least 1, or ValueError says which does not."""
-    for name in names:
-        value = getattr(record, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{type(record).__name__}: {name} must be an integer of at least 1, got {value!r}")
-
-
-def require_bool(record: Any, *names: str) -> None:
-    """The fields ``names`` of a record hold True or False, or ValueError says which does not."""
-    for name in names:
-        value = getattr(record, name)
-        if not isinstance(value, bool):
-            raise ValueError(f"{type(record).__name__}: {name} must be True or False, got {value!r}")
-
-
-def require_libraries(record: Any) -> None:
-    """The field ``libraries`` of a record maps names to versions; it is replaced by a copy."""
-    libraries = record.libraries
-    if not isinstance(libraries, Mapping) or not libraries or not all(isinstance(v, str) for v in libraries.values()):
-        raise ValueError(f"{type(record).__name__}: libraries must map names to versions, got {libraries!r}")
-    object.__setattr__(record, "libraries", dict(libraries))

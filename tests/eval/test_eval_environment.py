@@ -21,6 +21,8 @@ def test_environment_names_this_machine() -> None:
     assert report["cpu"]["threads"] == torch.get_num_threads()
     assert report["cpu"]["name"] in environment.device_name("cpu")
     assert len(report["gpus"]) == torch.cuda.device_count()
+    assert report["memory_bytes"] is None or report["memory_bytes"] > 2**28
+    assert (report["cuda"] is None) == (torch.version.cuda is None)
     capability = torch.backends.cpu.get_cpu_capability()
     if capability in ("AVX2", "AVX512"):
         assert {"AVX2": "avx2", "AVX512": "avx512f"}[capability] in report["cpu"]["features"]

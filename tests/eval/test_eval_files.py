@@ -90,3 +90,56 @@ def test_plain_file_is_preferred_and_missing_lists_all_tried(tmp_path: Path) -> 
     assert files.find_file("it", tmp_path, ("a.tsv", "x/b.tsv")) == plain
     with pytest.raises(files.MissingDataError, match=r"a\.tsv, a\.tsv\.xz, c\.tsv, c\.tsv\.xz"):
         files.find_file("it", tmp_path, ("a.tsv", "c.tsv"))
+
+
+def test_files_without_header(tmp_path: Path) -> None:
+    """The names are given, the first line is a row, and its number is 1."""
+    path = _write(tmp_path / "a.tsv", b"x\t1\ty\nx\t0\tz\n")
+    rows = list(files.read_tsv(path, ("text", "label"), header=("source", "label", "text")))
+    assert [(row.where, row.values) for row in rows] == [
+        (f"{path}:1", {"text": "y", "label": "1"}),
+        (f"{path}:2", {"text": "z", "label": "0"}),
+    ]
+    with pytest.raises(files.DataError, match=r"a\.tsv:1: expected rows, found none"):
+        list(files.read_tsv(_write(tmp_path / "a.tsv", b"\n"), ("text",), header=("text",)))
+
+
+def test_how_strictly_fields_are_counted(tmp_path: Path) -> None:
+    """STS-B has lines with two more fields, QQP three lines with too few: only those tasks say so."""
+    path = _write(tmp_path / "a.tsv", b"text\tlabel\nx\t1\nlonger\t0\tmore\nshort\n")
+    with pytest.raises(files.DataError, match=r"a\.tsv:3: .*found 3"):
+        list(files.read_tsv(path, ("text",)))
+    with pytest.raises(files.DataError, match=r"a\.tsv:4: .*found 1"):
+        list(files.read_tsv(path, ("text",), fields="more"))
+    skipped = files.read_tsv(path, ("text",), fields="skip-short")
+    assert [row.values["text"] for row in skipped] == ["x", "longer"]
+
+
+def test_labels_by_name_and_numbers() -> None:
+    """A cell holds the class's name or its id; a number is checked for its range."""
+    assert files.parse_label("neutral", 3, "f:1", ("entailment", "neutral", "contradiction")) == 1
+    assert files.parse_label(2, 3, "f:1", ("entailment", "neutral", "contradiction")) == 2
+    with pytest.raises(files.DataError, match=r"f:1: expected a label 0 to 1 or one of no, yes, found '-'"):
+        files.parse_label("-", 2, "f:1", ("no", "yes"))
+    assert files.parse_number("3.8", 0, 5, "f:1") == 3.8
+    for value in ("5.1", "nan", "-1", "x"):
+        with pytest.raises(files.DataError, match=f"f:1: expected a number from 0 to 5, found '{value}'"):
+            files.parse_number(value, 0, 5, "f:1")
+
+
+def test_parquet(tmp_path: Path) -> None:
+    """Columns by name; what is no parquet file, or lacks a column or rows, is named."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": [1, 0], "id": [7, 8]}), path)
+    assert files.read_parquet(path, ("text", "label")) == [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+    with pytest.raises(files.DataError, match=r"a\.parquet: expected the columns \['texts'\]"):
+        files.read_parquet(path, ("texts",))
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
+    with pytest.raises(files.DataError, match=r"a\.parquet: expected rows, found none"):
+        files.read_parquet(path, ("text",))
+    path.write_bytes(b"PAR1 cut off")
+    with pytest.raises(files.DataError, match=r"a\.parquet: not a readable parquet file"):
+        files.read_parquet(path, ("text",))

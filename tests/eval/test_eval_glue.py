@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 from squeezoo.eval import files, get_task, glue
+from squeezoo.eval.run import evaluate
+from squeezoo.eval.task import Score
+from squeezoo.pipeline import training_data
 from texts import sentence_tokenizer
+from tiny import TINY
+from torch import nn
 
 SST2 = "sentence\tlabel\nit 's good . \t1\nbad \t0\n"
 MRPC = (
@@ -41,7 +46,9 @@ def test_wrong_label_is_reported_with_its_line(tmp_path: Path) -> None:
     """Line 3 holds the label 2."""
     (tmp_path / "SST-2").mkdir()
     (tmp_path / "SST-2" / "dev.tsv").write_text("sentence\tlabel\na\t1\nb\t2\n", encoding="utf-8")
-    with pytest.raises(files.DataError, match=r"dev\.tsv:3: expected a label 0 to 1, found '2'"):
+    with pytest.raises(
+        files.DataError, match=r"dev\.tsv:3: expected a label 0 to 1 or one of negative, positive, found '2'"
+    ):
         get_task("glue/sst2").rows("dev", tmp_path)
 
 
@@ -114,23 +121,158 @@ def test_no_tokenizer_is_an_error() -> None:
         get_task("glue/sst2").encode([{"texts": ("a",), "label": 1}], None, 128)
 
 
+# one good file of each task in its official form: path, content, the rows expected of it by hand
+OFFICIAL: dict[str, tuple[str, str, list[tuple[tuple[str, ...], float]]]] = {
+    "glue/cola": ("CoLA/dev.tsv", "gj04\t1\t\tA b.\nks08\t0\t*\tB a.\n", [(("A b.",), 1), (("B a.",), 0)]),
+    "glue/stsb": (
+        "STS-B/dev.tsv",
+        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
+        "0\tg\tf\ty\t1\tn\tn\ta\tb\t3.800\n",
+        [(("a", "b"), 3.8)],
+    ),
+    "glue/qqp": (
+        "QQP/dev.tsv",
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\ta?\tb?\t1\n4\t5\tcut off\n6\t7\t8\tc?\td?\t0\n",
+        [(("a?", "b?"), 1), (("c?", "d?"), 0)],
+    ),
+    "glue/mnli": (
+        "MNLI/dev_matched.tsv",
+        "index\tgenre\tsentence1\tsentence2\tlabel1\tgold_label\n0\tg\ta\tb\tneutral\tcontradiction\n",
+        [(("a", "b"), 2)],
+    ),
+    "glue/mnli-mm": ("MNLI/mnli_mismatched.txt", "neutral\ta\tb\n", [(("a", "b"), 1)]),
+    "glue/qnli": (
+        "QNLI/dev.tsv", "index\tquestion\tsentence\tlabel\n0\ta?\tb.\tnot_entailment\n", [(("a?", "b."), 1)],
+    ),
+    "glue/rte": ("RTE/dev.tsv", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n", [(("a", "b"), 0)]),
+    "glue/wnli": ("WNLI/dev.tsv", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n", [(("a", "b"), 1)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(OFFICIAL))
+def test_official_layouts(tmp_path: Path, name: str) -> None:
+    """Columns of the official archives; QQP's short line is skipped; class ids are those of the Hub's nyu-mll/glue."""
+    path, content, expected = OFFICIAL[name]
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(content, encoding="utf-8")
+    task = get_task(name)
+    rows = task.rows(task.report_split, tmp_path)
+    assert [(row["texts"], row["label"]) for row in rows] == expected
+    assert rows[0].get("settings") == ({"text": "tokenised"} if "mnli_" in path else None)
+
+
+def test_similarity_without_header_and_with_source_columns(tmp_path: Path) -> None:
+    """The form of the STS benchmark itself: no header, Windows line ends, on some lines two more columns."""
+    (tmp_path / "STS-B").mkdir()
+    lines = "g\tf\t2012\t1\t5.000\ta\tb\r\ng\tf\t2016\t2\t4\tc\td\tsource\tsource\r\n"
+    (tmp_path / "STS-B" / "sts-dev.csv").write_bytes(lines.encode())
+    rows = get_task("glue/stsb").rows("dev", tmp_path)
+    assert [(row["texts"], row["label"]) for row in rows] == [(("a", "b"), 5.0), (("c", "d"), 4.0)]
+    (tmp_path / "STS-B" / "sts-dev.csv").write_bytes(lines.replace("5.000", "5.5").encode())
+    with pytest.raises(files.DataError, match=r"sts-dev\.csv:1: expected a number from 0 to 5, found '5.5'"):
+        get_task("glue/stsb").rows("dev", tmp_path)
+
+
+def test_similarity_is_regression(tmp_path: Path) -> None:
+    """One logit per row; both correlations; labels are floats when training."""
+    (tmp_path / "STS-B").mkdir()
+    lines = [f"g\tf\t1\t{i}\t{i / 2}\t{'a ' * i}\tb" for i in range(1, 9)]
+    for split in ("train", "dev"):
+        (tmp_path / "STS-B" / f"sts-{split}.csv").write_text("\n".join(lines), encoding="utf-8")
+    model: Any = TINY["bert"]()
+    with pytest.raises(ValueError, match=r"glue/stsb needs logits \[rows, 1\], the model gives \[8, 3\]"):
+        evaluate(model, "glue/stsb", sentence_tokenizer(), data_dir=tmp_path)
+    model.classifier = nn.Linear(32, 1)
+    scores = evaluate(model, "glue/stsb", sentence_tokenizer(), data_dir=tmp_path)
+    assert [score.metric for score in scores] == ["spearman", "pearson"]
+    assert all(-1 <= score.value <= 1 and score.value for score in scores)
+    data = training_data("glue/stsb", sentence_tokenizer(), data_dir=tmp_path, model=model)
+    batch = data.collate(list(data.features))
+    assert (batch["labels"].dtype.is_floating_point, batch["labels"].tolist()) == (True, [i / 2 for i in range(1, 9)])
+
+
+def test_variant_of_the_files_is_recorded(tmp_path: Path) -> None:
+    """The tokenised 1,000-row samples of MNLI are no official dev set: said in the settings, and no complete score."""
+    (tmp_path / "MNLI").mkdir()
+    (tmp_path / "MNLI" / "mnli_matched.txt").write_text("neutral\ta b\tc\ncontradiction\ta\tb\n", encoding="utf-8")
+    (score,) = evaluate(TINY["bert"](), "glue/mnli", sentence_tokenizer(), data_dir=tmp_path)
+    assert (score.settings, score.complete) == ({"max_length": 128, "text": "tokenised"}, False)
+
+
+def test_test_splits_are_refused(tmp_path: Path) -> None:
+    """GLUE does not publish the labels of its test splits."""
+    with pytest.raises(ValueError, match="glue/qnli: the official split 'test' has no public labels"):
+        evaluate(TINY["bert"](), "glue/qnli", sentence_tokenizer(), split="test", data_dir=tmp_path)
+    with pytest.raises(ValueError, match="glue/mnli: the official split 'test_matched' has no public labels"):
+        evaluate(TINY["bert"](), "glue/mnli", sentence_tokenizer(), split="test_matched", data_dir=tmp_path)
+
+
+def _score(task: str, metric: str, value: float, complete: bool = True) -> Score:
+    return Score(task, 1, "dev", metric, value, 1, complete, True, {"torch": "2"})
+
+
+def test_both_means() -> None:
+    """Expected: BERT-base of NxMTransformer, table 1 (vectors/metrics.json): geometric mean 81.775122 of eight scores,
+    where accuracy of MRPC and the metrics of other tasks do not count."""
+    row = [84.5, 84.8, 92.5, 91.6, 56.7, 89.6, 91.7, 70.7]
+    names = ["mnli", "mnli-mm", "sst2", "qnli", "cola", "stsb", "mrpc", "rte"]
+    scores = [
+        _score(f"glue/{name}", get_task(f"glue/{name}").metric, value / 100)
+        for name, value in zip(names, row, strict=True)
+    ]
+    means = glue.glue_means([*scores, _score("glue/mrpc", "accuracy", 0.1), _score("imdb", "accuracy", 0.1)])
+    assert 100 * (means.geometric or 0) == pytest.approx(81.775122, rel=1e-6)
+    assert 100 * means.arithmetic == pytest.approx(sum(row) / 8)
+    assert means.tasks == tuple(sorted(f"glue/{name}" for name in names))
+    assert means.complete
+    sample = glue.glue_means([*scores[:-1], _score("glue/rte", "accuracy", 0.5, complete=False)])
+    assert not sample.complete
+    assert glue.glue_means([_score("glue/cola", "matthews", -0.1)]).geometric is None
+    for bad in ([], [scores[0], scores[0]]):
+        with pytest.raises(ValueError, match="one of each"):
+            glue.glue_means(bad)
+
+
 @pytest.mark.data
 @pytest.mark.parametrize(
-    ("name", "split", "count", "positive"),
+    ("name", "split", "counts"),
     [
-        ("glue/sst2", "train", 67_349, 37_569),
-        ("glue/sst2", "dev", 872, 444),
-        ("glue/mrpc", "train", 3_668, 2_474),
-        ("glue/mrpc", "dev", 408, 279),
+        ("glue/sst2", "train", (29_780, 37_569)),
+        ("glue/sst2", "dev", (428, 444)),
+        ("glue/mrpc", "train", (1_194, 2_474)),
+        ("glue/mrpc", "dev", (129, 279)),
+        ("glue/cola", "train", (2_528, 6_023)),
+        ("glue/cola", "dev", (324, 719)),
+        ("glue/qnli", "dev", (2_702, 2_761)),
+        ("glue/rte", "train", (1_249, 1_241)),
+        ("glue/rte", "dev", (146, 131)),
+        ("glue/wnli", "train", (323, 312)),
+        ("glue/wnli", "dev", (40, 31)),
     ],
 )
-def test_real_files(data_dir: Path, name: str, split: str, count: int, positive: int) -> None:
-    """Row and positive counts of the official GLUE release (dataset card of nyu-mll/glue)."""
+def test_real_files(data_dir: Path, name: str, split: str, counts: tuple[int, int]) -> None:
+    """Rows of each class: the official GLUE release (dataset card of nyu-mll/glue), counted in the files with cut."""
     task = get_task(name)
     rows = task.rows(split, data_dir)
-    assert len(rows) == count == task.size(split)
-    assert sum(row["label"] for row in rows) == positive
+    assert len(rows) == task.size(split)
+    assert tuple(sum(row["label"] == label for row in rows) for label in (0, 1)) == counts
     assert all(text == text.rstrip() for row in rows for text in row["texts"])
+
+
+@pytest.mark.data
+def test_real_samples_and_similarity(data_dir: Path) -> None:
+    """MNLI's samples of 1,000 (label counts by cut), STS-B's 5,749 and 1,500 rows from 0 to 5."""
+    for name, split, counts in (
+        ("glue/mnli", "dev_matched", [373, 311, 316]),
+        ("glue/mnli-mm", "dev_mismatched", [346, 319, 335]),
+    ):
+        rows = get_task(name).rows(split, data_dir)
+        assert [sum(row["label"] == label for row in rows) for label in range(3)] == counts
+    task = get_task("glue/stsb")
+    for split in task.splits:
+        rows = task.rows(split, data_dir)
+        assert len(rows) == task.size(split)
+        assert {min(row["label"] for row in rows), max(row["label"] for row in rows)} == {0.0, 5.0}
 
 
 @pytest.mark.data

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from squeezoo.eval import files, get_task, image
-from tiny import tiny_bert, tiny_timm_vit, tiny_vit
+from tiny import make
 
 DIGITS, CIFAR10 = get_task("digits"), get_task("cifar10")
 
@@ -142,13 +142,13 @@ def test_input_size_understands_processors_and_models() -> None:
     from timm.data import resolve_data_config
     from transformers import CLIPImageProcessor, ViTImageProcessor
 
-    vit = tiny_timm_vit()
+    vit = make("timm_vit")
     assert image.input_size(ViTImageProcessor(size={"height": 20, "width": 24})) == (20, 24)
     assert image.input_size(resolve_data_config({"input_size": (1, 8, 8)})) == (8, 8)
     assert image.input_size(CLIPImageProcessor(size={"shortest_edge": 40}, crop_size=32)) == (32, 32)
-    assert image.input_size(vit) == image.input_size(tiny_vit()) == (8, 8)
+    assert image.input_size(vit) == image.input_size(make("vit")) == (8, 8)
     assert image.declared_shape(vit) == (1, 8, 8)
-    assert image.declared_shape(tiny_bert()) is None
+    assert image.declared_shape(make("bert")) is None
     assert image.input_size(None) is None
 
 

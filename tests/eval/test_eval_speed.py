@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from squeezoo.eval.speed import Speed, Timing, backend_of, benchmark, make_batch
-from tiny import TIMM_ARGS, tiny_bert, tiny_timm_vit
+from tiny import TIMM_ARGS, make
 from torch import nn
 
 TIMING = Timing(median_ms=2.0, p10_ms=1.5, p90_ms=3.0, min_ms=1.0)
@@ -121,7 +121,7 @@ def test_fewer_blocks_are_faster() -> None:
 def test_calls_are_interleaved() -> None:
     """One shape check and two warm-up rounds in order, then A B, B A, A B, ...; the garbage collector is off only while
     timing, and the modes of the models are restored."""
-    a, b = tiny_bert(), tiny_bert().train()
+    a, b = make("bert"), make("bert").train()
     calls: list[tuple[str, bool, bool]] = []
     for name, model in (("a", a), ("b", b)):
         model.register_forward_pre_hook(
@@ -137,7 +137,7 @@ def test_calls_are_interleaved() -> None:
 
 def test_refuses_too_few_repeats_and_different_outputs() -> None:
     """19 repeats are below the documented 20; models with 3 and 5 classes do not compute the same thing."""
-    model, other = tiny_timm_vit(), tiny_timm_vit()
+    model, other = make("timm_vit"), make("timm_vit")
     with pytest.raises(ValueError, match="at least 20"):
         benchmark(model, model, make_batch(model, 1), repeats=19)
     other.head = nn.Linear(32, 5)
@@ -147,21 +147,44 @@ def test_refuses_too_few_repeats_and_different_outputs() -> None:
 
 def test_make_batch_fits_the_model() -> None:
     """Shapes by definition; the same seed gives the same batch; no padding; too long or no length is refused."""
-    bert = tiny_bert()
+    bert = make("bert")
     batch = make_batch(bert, 3, 17)
     assert batch["input_ids"].shape == (3, 17)
     assert bool(batch["attention_mask"].all())
     assert torch.equal(batch["input_ids"], make_batch(bert, 3, 17)["input_ids"])
     assert not torch.equal(batch["input_ids"], make_batch(bert, 3, 17, seed=1)["input_ids"])
-    assert make_batch(tiny_timm_vit(), 5)["pixel_values"].shape == (5, 1, 8, 8)
+    assert make_batch(make("timm_vit"), 5)["pixel_values"].shape == (5, 1, 8, 8)
     for length in (None, 65):
         with pytest.raises(ValueError, match="1 to 64 tokens"):
             make_batch(bert, 1, length)
 
 
+def test_speech_is_timed_by_seconds() -> None:
+    """Half a second at 400 values a second is 200 values; the record names the seconds and nothing else."""
+    model = make("wav2vec2")
+    batch = make_batch(model, 2, audio_seconds=0.5, sampling_rate=400)
+    assert batch["input_values"].shape == (2, 200)
+    speed = benchmark(model, model, batch, repeats=20, warmup=1, sampling_rate=400, progress=False)
+    assert (speed.audio_seconds, speed.sequence, speed.image_size, speed.batch) == (0.5, None, None, 2)
+    assert Speed.from_dict(json.loads(json.dumps(speed.to_dict()))) == speed
+    with pytest.raises(ValueError, match="audio_seconds above 0"):
+        make_batch(model, 2, 128)
+
+
+def test_throughput_and_old_records() -> None:
+    """8 rows in 2 ms are 4000 a second; a record written before there was speech has no audio_seconds."""
+    speed = Speed(**GOOD)
+    assert speed.rows_per_second == (4000, 8000)
+    old = {name: value for name, value in speed.to_dict().items() if name != "audio_seconds"}
+    assert Speed.from_dict(old) == speed
+    for value in (0, float("nan"), "1"):
+        with pytest.raises(ValueError, match="audio_seconds"):
+            Speed(**{**GOOD, "sequence": None, "audio_seconds": value})
+
+
 def test_backend_names_this_packages_modules() -> None:
     """A model with one module class of the package inside names it; a plain one is pytorch."""
-    model = tiny_timm_vit()
+    model = make("timm_vit")
     assert backend_of(model) == "pytorch"
     model.head = type("Int8Linear", (nn.Linear,), {"__module__": "squeezoo.compress.runtime.cpu"})(32, 3)
     assert backend_of(model) == "Int8Linear"
