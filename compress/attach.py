@@ -80,7 +80,8 @@ def attach_(model: nn.Module, plan: Plan) -> None:
     if plan.untied is not None:
         untie_(model, plan.untied)
     for gemm, parametrization in zip(plan.gemms, weights, strict=True):
-        parametrize.register_parametrization(modules[gemm.name], "weight", parametrization)
+        # unsafe: torch would compute every weight to check its shape, and so read all of a memory-mapped model
+        parametrize.register_parametrization(modules[gemm.name], "weight", parametrization, unsafe=True)
     for table, parametrized in zip(tables, tabled, strict=True):
         parametrize.register_parametrization(modules[table.name], "weight", parametrized)
     if owned:

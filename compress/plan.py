@@ -233,7 +233,7 @@ def _planned(gemm: Gemm, rule: Rule, sites: Sites, owners: dict[tuple[str, str],
     shape = (gemm.out_features, gemm.in_features)
     owner = None
     if rule.input is not None:
-        owner = owners.setdefault(_input_tensor(gemm, sites), gemm.name)
+        owner = owners.setdefault(input_tensor(gemm, sites), gemm.name)
     reason = _why_not_accelerated(shape, rule.sparsity)
     return PlannedGemm(
         name=gemm.name,
@@ -256,7 +256,7 @@ _SAME_INPUT = {
 }  # fmt: skip
 
 
-def _input_tensor(gemm: Gemm, sites: Sites) -> tuple[str, str]:
+def input_tensor(gemm: Gemm, sites: Sites) -> tuple[str, str]:
     """A key that is equal for GEMMs that read the same tensor."""
     if gemm.role not in _SAME_INPUT:
         return gemm.name, ""
