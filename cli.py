@@ -29,7 +29,7 @@ DataDir = Annotated[Path | None, typer.Option(help="folder of official data file
 JsonFlag = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 Task = Annotated[str, typer.Option("--task", "-t", help="see `squeezoo tasks`")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="folder to write")]
-MaxLength = Annotated[int, typer.Option(help="longer texts are truncated to so many tokens")]
+MaxLength = Annotated[int | None, typer.Option(help="truncate to so many tokens; default: the task's own")]
 Epochs = Annotated[float | None, typer.Option(help="of each training stage, instead of the recipe's")]
 LearningRate = Annotated[float | None, typer.Option(help="instead of the recipe's")]
 TrainBatch = Annotated[int | None, typer.Option(help="instead of the recipe's")]
@@ -126,7 +126,7 @@ def finetune(
     batch_size: TrainBatch = None,
     seed: Seed = None,
     precision: Precision = None,
-    max_length: MaxLength = 128,
+    max_length: MaxLength = None,
     limit: TrainRows = None,
     device: Device = "cpu",
     restart: Restart = False,
@@ -167,7 +167,7 @@ def compress(
     batch_size: TrainBatch = None,
     seed: Seed = None,
     precision: Precision = None,
-    max_length: MaxLength = 128,
+    max_length: MaxLength = None,
     limit: TrainRows = None,
     device: Device = "cpu",
     restart: Restart = False,
@@ -224,7 +224,7 @@ def eval_(
     backend: Annotated[Backend, typer.Option(help="for checkpoints")] = Backend.auto,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     limit: Annotated[int | None, typer.Option(help="so many rows only; the score is marked as a sample")] = None,
-    max_length: MaxLength = 128,
+    max_length: MaxLength = None,
     json_: JsonFlag = False,
     json_file: Annotated[Path | None, typer.Option("--json-file", help="write the scores there too")] = None,
 ) -> None:
@@ -335,7 +335,7 @@ def card(
     data_dir: DataDir = None,
     batch: Annotated[list[int], typer.Option(help="to time; repeat for several", min=1)] = [1, 8],  # noqa: B006
     length: Annotated[list[int], typer.Option(help="tokens to time; ignored for images")] = [128],  # noqa: B006
-    max_length: MaxLength = 128,
+    max_length: MaxLength = None,
     repeats: Repeats = 30,
     included: Annotated[bool, typer.Option(help="the weights are published with the card")] = False,
     json_: JsonFlag = False,

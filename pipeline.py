@@ -145,7 +145,7 @@ def measure_card(
     lengths: Sequence[int] = (128,),
     variants: Mapping[str, str | Path] | None = None,
     data_dir: str | Path | None = None,
-    max_length: int = 128,
+    max_length: int | None = None,
     repeats: int = 30,
     included: bool = False,
     limits: Sequence[str] = (),
