@@ -226,9 +226,10 @@ def test_checkpoints_of_format_1_still_load(folder: str, tmp_path: Path) -> None
 
 
 def test_the_shipped_checkpoint_still_loads() -> None:
-    """Expected: the digits model of the zoo, written by format 1, proves itself."""
+    """Expected: the digits model of the zoo proves itself (folders of format 1 lie frozen beside the tests). One input
+    level that flips at its rounding border, which float16 storage can cause, moves the scores by some 1e-3."""
     proof = verify(ROOT / "zoo_cards" / "cards" / "digits-vit.digits.gpusq-gemm-int8")
-    assert proof.reference_error < 1e-3
+    assert proof.reference_error < INT8_TOLERANCE
 
 
 def test_upgrading_changes_a_copy() -> None:
