@@ -95,7 +95,9 @@ def tasks() -> tuple[Data, Table]:
     """The evaluation tasks."""
     from .eval import TASKS
 
-    table = Table("task", "version", "kind", "splits", "metric")
+    table = Table(box=SIMPLE, pad_edge=False)
+    for column in ("task", "version", "kind", "splits", "metric"):
+        table.add_column(column, no_wrap=column in ("task", "metric"))
     rows = []
     for t in TASKS.values():
         splits = ", ".join(t.splits)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import datetime
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,16 @@ from .compress.engine import read_provenance
 from .compress.train_data import TrainData
 from .eval import get_task
 from .eval.data import collator
+from .eval.energy import measure_energy
 from .eval.fit import check_labels, check_reads, head_kind
-from .eval.image import declared_shape
 from .eval.perplexity import context_length
+from .eval.results import atomic_write_json
 from .eval.run import evaluate, sample_rows
-from .eval.speed import Speed, benchmark, make_batch
 from .eval.task import Task
 from .models.dense import Dense, load_dense
 from .models.folders import load_processor
-from .models.kinds import WITH_LABELS, Kind
+from .models.kinds import WITH_LABELS
+from .timings import measure_speeds, points
 from .zoo_cards.bases import describe_base
 from .zoo_cards.card import COMPRESSED, DENSE, Card
 from .zoo_cards.datasets import describe_task
@@ -38,7 +40,7 @@ from .zoo_cards.parts import Base, PlanSummary, RecipeNote, ScoreRow, Training
 from .zoo_cards.render import write_card
 from .zoo_cards.sizes import measure_size
 
-Point = tuple[int, int | None]
+ENERGY = "energy.json"  # what the training of a folder took; ``resumed``: only the part after its last stop
 
 
 @dataclass(frozen=True)
@@ -64,21 +66,6 @@ def load_any(source: str, backend: Backend = "auto") -> Loaded:
     return Loaded(dense.model, dense.processor)
 
 
-# The head that a task of each kind is done with.
-HEADS: dict[str, Kind] = {
-    "text-classification": "classification",
-    "text-regression": "classification",
-    "image-classification": "classification",
-    "token-classification": "token",
-    "question-answering": "question-answering",
-    "causal-lm": "causal-lm",
-    "masked-lm": "masked-lm",
-    "summarization": "seq2seq-lm",
-    "dialogue": "causal-lm",
-    "speech-recognition": "ctc",
-}
-
-
 def load_for(source: str, task: Task | None, *, seed: int = 0) -> Dense:
     """A dense model with the head that a task needs, newly initialised from ``seed`` where it has none; without a task
     with the head that it was saved with.
@@ -88,7 +75,7 @@ def load_for(source: str, task: Task | None, *, seed: int = 0) -> Dense:
     """
     if task is None:
         return load_dense(source, kind="auto", seed=seed)
-    kind = HEADS[task.kind]
+    kind = task.model_kinds[0]
     return load_dense(source, kind=kind, num_labels=task.num_labels if kind in WITH_LABELS else None, seed=seed)
 
 
@@ -133,6 +120,22 @@ def training_data(
         encode = task.train_encode_by_head[head_kind(model)]
     features = encode(rows, model if processor is None and task.reads == "images" else processor, max_length)
     return TrainData(features, collator(processor), augment)
+
+
+@contextmanager
+def recording_energy(folder: str | Path, how: str, device: str) -> Iterator[None]:
+    """Measure the work inside the block and leave ``energy.json`` in ``folder``, which the work makes.
+
+    Args:
+        how: ``off``; ``sensors``; ``estimate``: a power model speaks for what has no sensor.
+    """
+    if how == "off":
+        yield
+        return
+    resumed = Path(f"{folder}.work").is_dir()
+    with measure_energy(device=device, estimate=how == "estimate") as meter:
+        yield
+    atomic_write_json(Path(folder) / ENERGY, meter.energy.to_dict() | {"resumed": resumed})
 
 
 def measure_card(
@@ -200,29 +203,6 @@ def measure_card(
     )
     write_card(card, folder)
     return card
-
-
-def points(model: nn.Module, batches: Sequence[int], lengths: Sequence[int]) -> list[Point]:
-    """Every batch with every length; images have the one size that the model declares, written as None."""
-    sizes: Sequence[int | None] = lengths if declared_shape(model) is None else (None,)
-    return [(batch, size) for batch in batches for size in sizes]
-
-
-def measure_speeds(
-    dense: nn.Module,
-    compressed: nn.Module,
-    conditions: Sequence[Point],
-    repeats: int,
-    progress: bool = True,
-    say: Callable[[str], None] = lambda _: None,
-) -> tuple[Speed, ...]:
-    """Dense and compressed interleaved in one run at every (batch, sequence length); images have no length."""
-    speeds = []
-    for batch, sequence in conditions:
-        say(f"timing batch {batch}" + (f", sequence {sequence}" if sequence else ""))
-        inputs = make_batch(dense, batch, sequence)
-        speeds.append(benchmark(dense, compressed, inputs, repeats=repeats, progress=progress))
-    return tuple(speeds)
 
 
 def code_version() -> str | None:

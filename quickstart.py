@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from .compress.engine import compress, train_dense
+from .compress.engine import compress, is_trained, train_dense
 from .compress.recipe import Recipe
 from .eval.environment import device_name
 from .models.dense import load_dense
@@ -38,24 +38,28 @@ LIMITS = (
 )
 
 
-def run_quickstart(folder: Path, say: Callable[[str], None] = lambda _: None, progress: bool = True) -> Card:
-    """Train, squeeze, score, time; writes ``folder/dense`` and ``folder/<NAME>`` with its card. Resumes when killed."""
+def run_quickstart(
+    folder: Path, say: Callable[[str], None] = lambda _: None, progress: bool = True, restart: bool = False
+) -> Card:
+    """Train, squeeze, score, time; writes ``folder/dense`` and ``folder/<NAME>`` with its card.
+
+    Resumes when killed; ``restart`` throws an unfinished run away."""
     dense_folder, out = folder / "dense", folder / NAME
     hardware = device_name()
     fresh = load_dense(ARCHITECTURE, model_args=MODEL_ARGS)
     parts = [training_data(TASK, None, model=fresh.model, split=split) for split in ("train", "validation")]
     # The settings are chosen, so the validation scans are for learning now.
     data = replace(parts[0], features=[sample for part in parts for sample in part.features])
-    if not (dense_folder / "config.json").is_file():
+    dense_recipe = Recipe.load("dense").override(**DENSE_SETTINGS)
+    # A dense model of an earlier version may have learnt from other scans, those of today's test among them.
+    if not is_trained(fresh, dense_recipe, data, dense_folder):
         say(
             f"training the dense model: {ARCHITECTURE}, {DENSE_SETTINGS['epochs']} epochs on {len(data.features)} scans"
         )
-        train_dense(
-            fresh, Recipe.load("dense").override(**DENSE_SETTINGS), data, dense_folder, hardware=hardware, say=say
-        )
+        train_dense(fresh, dense_recipe, data, dense_folder, restart=restart, hardware=hardware, say=say)
     say("squeezing it with gpusq-gemm-int8")
     recipe = Recipe.load("gpusq-gemm-int8").override(**COMPRESS_SETTINGS)
-    compress(load_dense(dense_folder), recipe, data, out, name=NAME, hardware=hardware, say=say)
+    compress(load_dense(dense_folder), recipe, data, out, name=NAME, restart=restart, hardware=hardware, say=say)
     return measure_card(
         out, dense_folder, TASK,
         commands=("squeezoo quickstart",), batches=BATCHES, included=True, limits=LIMITS, progress=progress, say=say,

@@ -40,7 +40,16 @@ TRAINING_LOG = "training_log.jsonl"  # what policies did and what was scored aft
 ONE_SHOT_BATCH = 8  # sequences a calibration batch of wanda and sparsegpt
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
-__all__ = ["PROVENANCE", "Compressed", "Evaluate", "RunError", "compress", "read_provenance", "train_dense"]
+__all__ = [
+    "PROVENANCE",
+    "Compressed",
+    "Evaluate",
+    "RunError",
+    "compress",
+    "is_trained",
+    "read_provenance",
+    "train_dense",
+]
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,7 @@ def train_dense(
         "base": {"name": dense.name, "revision": dense.revision},
         "recipe": recipe.model_dump(mode="json"),
         "training": work.records,
+        "run": work.fingerprint,
     }
     (Path(out) / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
     work.write_log(Path(out) / TRAINING_LOG)
@@ -146,9 +156,16 @@ def train_dense(
 
 
 def read_provenance(folder: str | Path) -> dict[str, Any] | None:
-    """What ``train_dense`` says about its folder: ``base``, ``recipe``, ``training``; None for other folders."""
+    """What ``train_dense`` says about its folder: ``base``, ``recipe``, ``training``, ``run`` (a hash of all that went
+    in); None for other folders."""
     path = Path(folder) / PROVENANCE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def is_trained(dense: Dense, recipe: Recipe, data: TrainData, folder: str | Path) -> bool:
+    """Whether ``folder`` holds what ``train_dense`` makes of exactly this model, recipe and data."""
+    provenance = read_provenance(folder)
+    return provenance is not None and provenance.get("run") == fingerprint(dense, dense, recipe, data)
 
 
 def _as_dense(model: Dense | nn.Module | str) -> Dense:

@@ -12,6 +12,7 @@ from ..models.dense import library_of, logits
 from ..models.example import example_batch
 from .task import Task
 
+ALIASES = {"squad": "squad1"}  # as papers call it
 _INPUTS = {"pixel_values": "images", "input_values": "sound"}
 
 
@@ -85,7 +86,7 @@ def tasks_for(model: nn.Module, names: str) -> tuple[Task, ...]:
 
     Args:
         names: separated by commas: tasks (``glue/sst2``), or families (``glue``), which mean those of their members
-            that this model's head fits.
+            that this model's head fits; ``squad`` means ``squad1``.
 
     Raises:
         ValueError: an unknown name, or a family without a member for this model.
@@ -93,7 +94,7 @@ def tasks_for(model: nn.Module, names: str) -> tuple[Task, ...]:
     from . import TASKS, get_task
 
     found: dict[str, Task] = {}
-    for name in (part.strip() for part in names.split(",")):
+    for name in (ALIASES.get(part.strip(), part.strip()) for part in names.split(",")):
         members = [task for task in TASKS.values() if task.name.startswith(name + "/")]
         if name in TASKS or not members:
             found[name] = get_task(name)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from squeezoo.compress.checkpoint import load
-from squeezoo.compress.engine import RunError, compress, train_dense
+from squeezoo.compress.engine import RunError, compress, is_trained, train_dense
 from squeezoo.compress.finetune import EpochSampler, TrainData, last_complete_checkpoint
 from squeezoo.compress.masks import Pattern, check_nm
 from squeezoo.compress.objective import TrainingError
@@ -154,10 +154,14 @@ def test_distillation_pulls_the_student_to_its_teacher(tmp_path):
 
 def test_the_dense_baseline_goes_through_the_same_stages(tmp_path):
     dense = dense_for("timm_vit")
-    made = train_dense(
-        dense, Recipe.load("dense").override(epochs=1, batch_size=4), data_for("timm_vit"), tmp_path / "d"
-    )
+    recipe, data = Recipe.load("dense").override(epochs=1, batch_size=4), data_for("timm_vit")
+    made = train_dense(dense, recipe, data, tmp_path / "d")
     assert made.stages[0]["steps"] == 3
+    # what it was made from is known: other data, another recipe or another folder is not taken for it
+    assert is_trained(dense, recipe, data, tmp_path / "d")
+    assert not is_trained(dense, recipe, data_for("timm_vit", samples=9), tmp_path / "d")
+    assert not is_trained(dense, recipe.override(epochs=2), data, tmp_path / "d")
+    assert not is_trained(dense, recipe, data, tmp_path)
     loaded = load_dense(str(tmp_path / "d"))
     batch = tiny_batch("timm_vit")
     assert not torch.equal(logits(loaded.model, batch), logits(dense.model, batch))

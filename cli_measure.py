@@ -1,0 +1,249 @@
+"""Commands that measure: eval, bench, roofline, verify, card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from .terminal import (
+    Backend,
+    DataDir,
+    Device,
+    JsonFlag,
+    MaxLength,
+    Model,
+    Repeats,
+    app,
+    command,
+    out,
+    say,
+    show_card,
+    show_json,
+)
+
+if TYPE_CHECKING:
+    from .eval.task import Score
+
+
+@command
+def eval_(
+    model: Model,
+    task: Annotated[str, typer.Option("--task", "-t", help="tasks or families (`glue`), separated by commas")],
+    data_dir: DataDir = None,
+    split: Annotated[str | None, typer.Option(help="default: the split that the task reports")] = None,
+    backend: Annotated[Backend, typer.Option(help="for checkpoints")] = Backend.auto,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    limit: Annotated[int | None, typer.Option(help="so many rows only; the score is marked as a sample")] = None,
+    max_length: MaxLength = None,
+    set_: Annotated[list[str], typer.Option("--set", help="NAME=VALUE of the task's settings; repeat")] = [],  # noqa: B006
+    device: Device = "cpu",
+    json_: JsonFlag = False,
+    json_file: Annotated[Path | None, typer.Option("--json-file", help="write the scores there too")] = None,
+) -> None:
+    """Score a model, dense or compressed, on standard tasks.
+
+    Example: squeezoo eval runs/minilm-l6.mrpc.dense --task glue/mrpc --data-dir DATA
+    """
+    from .eval.fit import tasks_for
+    from .eval.results import atomic_write_json
+    from .eval.run import evaluate
+    from .pipeline import load_any
+
+    settings = _pairs(set_, "--set", "VALUE")
+    loaded = load_any(model, backend.value)
+    scores = [
+        score
+        for one in tasks_for(loaded.model, task)
+        for score in evaluate(
+            loaded.model, one, loaded.processor,
+            split=split, data_dir=data_dir, batch_size=batch_size, limit=limit, max_length=max_length,
+            settings=settings, device=device,
+        )
+    ]  # fmt: skip
+    rows = [score.to_dict() for score in scores]
+    if json_file is not None:
+        atomic_write_json(json_file, rows)
+    if json_:
+        show_json(rows)
+        return
+    table = Table("task", "split", "metric", "value", "samples")
+    for score in scores:
+        note = "" if score.complete else " (sample)"
+        table.add_row(score.task, score.split, score.metric, f"{score.value:.4f}", f"{score.samples:,}{note}")
+    out.print(table)
+    _show_glue_means(scores)
+
+
+def _show_glue_means(scores: list[Score]) -> None:
+    """Both means, labelled, where a model was scored on more than one GLUE task."""
+    from .eval.glue import GLUE, glue_means
+
+    if len({score.task for score in scores} & {task.name for task in GLUE}) < 2:
+        return
+    means = glue_means(scores)
+    geometric = "none (a score is negative)" if means.geometric is None else f"{means.geometric:.4f}"
+    note = "" if means.complete else " (samples)"
+    out.print(
+        f"mean over {', '.join(means.tasks)}{note}: arithmetic {means.arithmetic:.4f}, geometric {geometric}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+@command
+def bench(
+    checkpoint: Annotated[str, typer.Argument(help="checkpoint folder or zoo name")],
+    batch: Annotated[list[int], typer.Option(help="repeat for several", min=1)] = [1, 8],  # noqa: B006
+    length: Annotated[list[int], typer.Option(help="tokens; repeat for several; texts only")] = [128],  # noqa: B006
+    seconds: Annotated[list[float], typer.Option(help="of sound; repeat for several; speech only")] = [10.0],  # noqa: B006
+    decode: Annotated[int | None, typer.Option(help="also time so many new tokens after each prompt", min=1)] = None,
+    loading: Annotated[bool, typer.Option(help="also time loading and read the memory, in fresh processes")] = False,
+    dense: Annotated[str | None, typer.Option(help="with --loading: the dense model's folder")] = None,
+    backend: Annotated[Backend, typer.Option(help="of the compressed model")] = Backend.auto,
+    device: Device = "cpu",
+    repeats: Repeats = 30,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's")] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Time a checkpoint against its dense fp32 self, interleaved in one run: medians and spread.
+
+    Example: squeezoo bench runs/minilm-l6.mrpc.gpusq-gemm-int8 --batch 8 --length 128
+    """
+    import torch
+
+    from . import measure_tables as tables
+    from .compress.checkpoint import load
+    from .eval.decode_speed import benchmark_decode
+    from .timings import measure_loadings, measure_speeds, points
+    from .zoo_cards.hub import resolve
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    folder = resolve(checkpoint)
+    plain, squeezed = load(folder, backend="dense"), load(folder, backend=backend.value, device=device)
+    conditions = points(plain, batch, length, seconds)
+    speeds = measure_speeds(plain, squeezed, conditions, repeats, device=device, say=say)
+    decoded = [
+        benchmark_decode(
+            plain, squeezed, batch=p.batch, prompt=p.sequence, new_tokens=decode, repeats=repeats, device=device
+        )
+        for p in conditions
+        if decode is not None and p.sequence is not None
+    ]
+    loaded = measure_loadings(folder, dense, conditions[0], backend.value, device, say) if loading else []
+    if json_:
+        extra = {"decode": [d.to_dict() for d in decoded]} if decoded else {}
+        extra |= {"loading": [part.to_dict() for part in loaded]} if loaded else {}
+        rows = [speed.to_dict() for speed in speeds]
+        show_json({"speed": rows} | extra if extra else rows)
+        return
+    for table in (tables.speeds(speeds), tables.decoding(decoded), tables.loading(loaded)):
+        if table is not None:
+            out.print(table)
+    out.print(f"{speeds[0].device}, {repeats} interleaved repeats, medians", highlight=False)
+
+
+@command
+def roofline(
+    checkpoint: Annotated[str, typer.Argument(help="checkpoint folder or zoo name")],
+    hardware: Annotated[str, typer.Option(help="A100-SXM-80GB, H100-SXM, ...; `cpu`: this one, measured first")],
+    batch: Annotated[int, typer.Option(min=1)] = 8,
+    length: Annotated[int, typer.Option(help="tokens, patches or frames of a row", min=1)] = 128,
+    json_: JsonFlag = False,
+) -> None:
+    """Predict the time of a checkpoint's GEMMs on hardware that is not here. A model, never a measurement.
+
+    Example: squeezoo roofline runs/minilm-l6.mrpc.gpusq-gemm-int8 --hardware H100-SXM --batch 32 --length 384
+    """
+    from .compress.checkpoint import load_manifest
+    from .eval.hardware import get_hardware
+    from .eval.roofline import predict_model
+    from .eval.roofline_fit import this_cpu
+    from .zoo_cards.hub import resolve
+
+    plan = load_manifest(resolve(checkpoint)).plan.to_dict()
+    on_cpu = hardware == "cpu"
+    machine = this_cpu() if on_cpu else get_hardware(hardware)
+    found = predict_model(plan["gemms"], batch * length, machine, dense_format="fp32" if on_cpu else "fp16")
+    if json_:
+        show_json(found.to_dict())
+        return
+    table = Table("GEMM", "dense us", "compressed us", "limit")
+    for gemm in found.to_dict()["gemms"]:
+        limit = f"{gemm['compute']}{' 2:4' if gemm['sparse_kernel'] else ''}, {gemm['compressed_bound']}"
+        table.add_row(gemm["name"], f"{gemm['dense_us']:.2f}", f"{gemm['compressed_us']:.2f}", limit)
+    out.print(table)
+    out.print(str(found), highlight=False, markup=False, soft_wrap=True)
+
+
+@command
+def verify(
+    checkpoint: Annotated[str, typer.Argument(help="checkpoint folder or zoo name")], json_: JsonFlag = False
+) -> None:
+    """Prove a checkpoint: every file's SHA-256, then its golden output with each backend this machine has.
+
+    Example: squeezoo verify runs/minilm-l6.mrpc.gpusq-gemm-int8
+    """
+    from .compress.verify import verify as prove
+    from .zoo_cards.hub import resolve
+
+    found = prove(resolve(checkpoint))
+    if json_:
+        show_json(found.to_dict())
+        return
+    integer = found.int8_reason if found.int8_error is None else f"off by {found.int8_error:.1e}"
+    out.print(
+        f"{found.name}: {found.files} files intact; golden output: reference off by {found.reference_error:.1e}, "
+        f"int8 {integer} (relative to the largest output)",
+        highlight=False,
+    )
+
+
+app.command("load-check", help="The same as `verify`.")(verify)
+
+
+@command
+def card(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder")],
+    dense: Annotated[Path | None, typer.Option(help="the dense model's folder: measure anew, then render")] = None,
+    task: Annotated[str | None, typer.Option("--task", "-t", help="with --dense: the task to score")] = None,
+    also: Annotated[list[str], typer.Option(help="NAME=FOLDER of another checkpoint to put beside it")] = [],  # noqa: B006
+    command_: Annotated[list[str], typer.Option("--command", help="shell line that made it; repeat in order")] = [],  # noqa: B006
+    note: Annotated[list[str], typer.Option(help="a limit worth telling; repeat")] = [],  # noqa: B006
+    data_dir: DataDir = None,
+    batch: Annotated[list[int], typer.Option(help="to time; repeat for several", min=1)] = [1, 8],  # noqa: B006
+    length: Annotated[list[int], typer.Option(help="tokens to time; ignored for images")] = [128],  # noqa: B006
+    max_length: MaxLength = None,
+    repeats: Repeats = 30,
+    included: Annotated[bool, typer.Option(help="the weights are published with the card")] = False,
+    json_: JsonFlag = False,
+) -> None:
+    """Render README.md from results.json; with --dense and --task, measure scores, sizes and speed first.
+
+    Example: squeezoo card runs/minilm-l6.mrpc.gpusq-gemm-int8 --dense runs/minilm-l6.mrpc.dense --task glue/mrpc
+    """
+    from .pipeline import measure_card
+    from .zoo_cards.card import Card
+    from .zoo_cards.render import write_card
+
+    if dense is None:
+        made = Card.load(checkpoint)
+        write_card(made, checkpoint)
+    elif task is None:
+        raise ValueError("measuring needs a task: give --task together with --dense")
+    else:
+        made = measure_card(
+            checkpoint, dense, task,
+            commands=command_, batches=batch, lengths=length, variants=_pairs(also, "--also", "FOLDER"),
+            data_dir=data_dir, max_length=max_length, repeats=repeats, included=included, limits=note, say=say,
+        )  # fmt: skip
+    show_card(made, checkpoint, json_)
+
+
+def _pairs(pairs: list[str], option: str, what: str) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise ValueError(f"{option} takes NAME={what}, found {pair!r}")
+    return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}

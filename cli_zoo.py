@@ -1,0 +1,133 @@
+"""Commands on what there is: the zoo, adapters, recipes, tasks, this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .terminal import JsonFlag, Out, command, out, say, show_found, show_json
+
+
+@command
+def publish(
+    folder: Annotated[Path, typer.Argument(help="checkpoint folder with results.json")], json_: JsonFlag = False
+) -> None:
+    """Put a measured checkpoint into this source checkout's zoo: card, small weights, index, README table.
+
+    Example: squeezoo publish runs/quickstart/digits-vit.digits.gpusq-gemm-int8
+    """
+    from .zoo_cards.publish import publish as run
+    from .zoo_cards.publish import update_table
+
+    target = run(folder)
+    update_table()
+    if json_:
+        show_json({"folder": str(target)})
+    else:
+        out.print(f"published {target}", highlight=False, markup=False, soft_wrap=True)
+
+
+@command
+def list_(
+    pattern: Annotated[str, typer.Argument(help="shell wildcard over the names")] = "*", json_: JsonFlag = False
+) -> None:
+    """The zoo: published compressed models.
+
+    Example: squeezoo list 'minilm*'
+    """
+    from . import catalog
+
+    show_found(catalog.zoo(pattern), json_)
+
+
+@command
+def info(name: Annotated[str, typer.Argument(help="zoo name")], json_: JsonFlag = False) -> None:
+    """Everything the index knows about one published model.
+
+    Example: squeezoo info digits-vit.digits.gpusq-gemm-int8
+    """
+    from . import catalog
+
+    show_found(catalog.zoo_entry(name), json_)
+
+
+@command
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="a checkpoint folder or a zoo name")],
+    to: Annotated[str, typer.Option("--to", help="dense or compressed-tensors")],
+    out_dir: Out,
+    json_: JsonFlag = False,
+) -> None:
+    """Write a checkpoint as a folder that transformers (dense) or vLLM (compressed-tensors) loads without Squeezoo.
+
+    Example: squeezoo export runs/minilm-l6.mrpc.gpusq-gemm-int8 --to compressed-tensors --out exported
+    """
+    from .compress.export import export as run
+    from .zoo_cards.hub import resolve
+
+    made = run(resolve(checkpoint), to, out_dir)  # type: ignore[arg-type]
+    if json_:
+        show_json({"folder": str(made.folder), "notes": list(made.notes)})
+        return
+    for note in made.notes:
+        say(f"note: {note}")
+    out.print(f"wrote {made.folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+@command
+def adapters(
+    show: Annotated[str | None, typer.Option(help="print one adapter's record")] = None,
+    check: Annotated[str | None, typer.Option(help="run the self-test on a model: folder, name or Hub id")] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """The architectures that can be squeezed, built in and from installed packages; or what an adapter does to a model.
+
+    Example: squeezoo adapters --check runs/minilm-l6.mrpc.dense
+    """
+    from . import catalog
+
+    if check is None:
+        show_found(catalog.adapters() if show is None else catalog.adapter(show), json_)
+        return
+    data, table = catalog.check(check)
+    show_found((data, table), json_)
+    if any(entry["passed"] is False for entry in data):
+        raise typer.Exit(1)
+
+
+@command
+def recipes(
+    show: Annotated[str | None, typer.Option(help="print one recipe, all defaults written out")] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """The built-in recipes.
+
+    Example: squeezoo recipes --show gpusq-gemm-int8
+    """
+    from . import catalog
+
+    show_found(catalog.recipes() if show is None else catalog.recipe(show), json_)
+
+
+@command
+def tasks(json_: JsonFlag = False) -> None:
+    """The evaluation tasks.
+
+    Example: squeezoo tasks
+    """
+    from . import catalog
+
+    show_found(catalog.tasks(), json_)
+
+
+@command
+def doctor(json_: JsonFlag = False) -> None:
+    """Versions, processor and GPU features, and what the runtime can use here.
+
+    Example: squeezoo doctor
+    """
+    from . import catalog
+
+    show_found(catalog.doctor(), json_)

@@ -1,0 +1,93 @@
+"""The measuring commands and their options on tiny models: what is printed is what was measured."""
+
+import json
+from itertools import pairwise
+
+import pytest
+from squeezoo.eval.energy import Energy
+from squeezoo.models.dense import load_dense, save_dense
+from test_cli import run
+from texts import sentence_tokenizer
+from tiny import TIMM_ARGS
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("measure") / "vit"
+    save_dense(load_dense("timm/vit_tiny_patch16_224", model_args=TIMM_ARGS | {"num_classes": 10}).model, None, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """A small random GPT-2, squeezed without data."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("measure") / "gpt2"
+    config = GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    save_dense(GPT2LMHeadModel(config).eval(), None, folder)
+    run("compress", folder, "--recipe", "magnitude-2-4", "--out", folder.parent / "gpt2.magnitude")
+    return folder.parent / "gpt2.magnitude"
+
+
+def test_a_decoder_is_timed_at_the_prompt_and_at_every_token(decoder):
+    found = json.loads(
+        run("bench", decoder, "--batch", 1, "--length", 8, "--decode", 3, "--repeats", 20, "--json").stdout
+    )
+    assert [(s["batch"], s["sequence"]) for s in found["speed"]] == [(1, 8)]
+    (decode,) = found["decode"]
+    assert (decode["prompt"], decode["new_tokens"]) == (8, 3)
+    # the whole prompt costs more than nothing, a token too; both are medians of real times
+    assert all(decode[key]["median_ms"] > 0 for key in ("dense_prefill", "compressed_token"))
+
+
+def test_roofline_is_labelled_a_model_and_adds_up(decoder):
+    data = json.loads(run("roofline", decoder, "--hardware", "H100-SXM", "--batch", 2, "--length", 16, "--json").stdout)
+    assert (data["kind"], data["tokens"]) == ("model", 32)
+    assert sum(gemm["dense_us"] for gemm in data["gemms"]) == pytest.approx(data["dense_us"])
+    assert "model (placeholder efficiency)" in run("roofline", decoder, "--hardware", "H100-SXM").output
+    assert "did you mean" in run("roofline", decoder, "--hardware", "H100", code=1).stderr
+
+
+def test_finetune_writes_its_energy_and_unknown_is_null(vit, tmp_path):
+    run("finetune", vit, "-t", "digits", "-o", tmp_path / "d", "--epochs", 1, "--limit", 32, "--energy", "sensors")
+    data = json.loads((tmp_path / "d" / "energy.json").read_text())
+    assert data.pop("resumed") is False
+    energy = Energy.from_dict(data)
+    assert energy.seconds > 0
+    assert (energy.kwh is None) == (not energy.included)
+
+
+def test_a_sweep_from_the_command_line(vit, tmp_path):
+    space = tmp_path / "space.yaml"
+    space.write_text("learning_rate: [1.0e-3, 1.0e-2]\n")
+    options = ("-r", "dense", "-t", "digits", "--space", space, "-o", tmp_path / "s", "--limit", 64)
+    data = json.loads(run("sweep", vit, *options, "--report", "--json").stdout)
+    values = [trial["value"] for trial in data["trials"]]
+    assert [t["settings"]["learning_rate"] for t in data["trials"]] == [1e-3, 1e-2]
+    assert len(values) == 2
+    assert data["reported"][0]["split"] == "test"
+    assert (tmp_path / "s" / "expected_validation.png").stat().st_size > 1000
+
+
+def test_settings_and_families_of_tasks(decoder, tmp_path):
+    """--set reaches the score; a family means the members that the head fits; an unknown setting names the known."""
+    tokenizer = sentence_tokenizer()
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(decoder)
+    folder = tmp_path / "wikitext-2"
+    folder.mkdir()
+    text = "".join(f" = Page {i} = \n \n a b c d e f g h i j k l m n o p \n" for i in range(20))
+    for split in ("train", "valid", "test"):
+        (folder / f"wiki.{split}.tokens").write_text(text)
+    options = ("--data-dir", tmp_path, "--max-length", 16, "--limit", 5, "--json")
+    scores = json.loads(run("eval", decoder, "--task", "wikitext2", *options).stdout)
+    assert {s["task"] for s in scores} == {"wikitext2/token", "wikitext2/sliding", "wikitext2/word"}
+    one = [
+        json.loads(run("eval", decoder, "--task", "wikitext2/sliding", "--set", f"stride={s}", *options).stdout)[0]
+        for s in (4, 8)
+    ]
+    assert [s["settings"]["stride"] for s in one] == [4, 8]
+    assert all(a["value"] != b["value"] for a, b in pairwise(one))
+    result = run("eval", decoder, "--task", "wikitext2/sliding", "--set", "strid=4", *options, code=1)
+    assert "did you mean 'stride'" in result.stderr
