@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from .terminal import (
     DataDir,
@@ -78,6 +80,36 @@ def plan(
 
 
 @command
+def permute(
+    model: Model,
+    pattern: Annotated[str, typer.Option(help="N:M of the block GEMMs")] = "2:4",
+    out_dir: Annotated[Path | None, typer.Option("--out", "-o", help="write the permuted dense model here")] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """What reordering channels brings N:M: the share of the magnitude that is kept, GEMM by GEMM, and the proof that
+    the dense model's outputs stay the same.
+
+    Example: squeezoo permute minilm-l6 --pattern 2:4
+    """
+    from .compress.masks import Pattern
+    from .compress.permute import describe_permuted, permute_dense_
+    from .models.dense import load_dense, save_dense
+
+    dense = load_dense(model, kind="auto")
+    found, error = permute_dense_(dense.model, Pattern.parse(pattern))
+    if out_dir is not None:
+        save_dense(dense.model, dense.processor, out_dir)
+    if json_:
+        show_json({"gemms": [asdict(gemm) for gemm in found], "output_error": error})
+        return
+    table = Table("GEMM", "pattern", "kept before", "kept after")
+    for gemm in found:
+        table.add_row(gemm.name, gemm.pattern, f"{100 * gemm.kept_before:.2f} %", f"{100 * gemm.kept_after:.2f} %")
+    out.print(table)
+    out.print(f"{describe_permuted(found)}; outputs off by {error:.1e} of the largest", highlight=False)
+
+
+@command
 def finetune(
     model: Model,
     task: Task,
@@ -135,6 +167,7 @@ def compress(
     name: Annotated[str | None, typer.Option(help="<model>.<task>.<recipe>; default: the folder's name")] = None,
     pretrained: Annotated[str | None, typer.Option(help="the model before fine-tuning; pkd recipes need it")] = None,
     attention: Annotated[str | None, typer.Option(help="N:M of attention maps, instead of the recipe's")] = None,
+    permute: Annotated[bool, typer.Option("--permute", help="reorder channels so that N:M keeps more")] = False,
     data_dir: DataDir = None,
     epochs: Epochs = None,
     learning_rate: LearningRate = None,
@@ -158,7 +191,7 @@ def compress(
     from .eval.environment import device_name
     from .pipeline import load_for, recording_energy, training_data
 
-    chosen = _recipe(recipe, epochs, learning_rate, batch_size, seed, precision, attention)
+    chosen = _recipe(recipe, epochs, learning_rate, batch_size, seed, precision, attention, permute or None)
     of_task = None if task is None else get_task(task)
     dense = load_for(model, of_task, seed=seed or 0)
     ancestor = None if pretrained is None else load_for(pretrained, of_task, seed=seed or 0)
@@ -187,7 +220,7 @@ def _show_run(made: Any, json_: bool) -> None:
 def _recipe(name: str, *values: Any) -> Any:
     from .compress.recipe import Recipe
 
-    keys = ("epochs", "learning_rate", "batch_size", "seed", "precision", "attention")
+    keys = ("epochs", "learning_rate", "batch_size", "seed", "precision", "attention", "permute_channels")
     return Recipe.load(name).override(**{k: v for k, v in zip(keys, values) if v is not None})
 
 

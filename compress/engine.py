@@ -11,12 +11,13 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..models import adapter_for, find_sites
 from ..models.dense import Dense, library_of, load_dense, save_dense
 from .attach import CompressedWeight, attach_, fold_, inherit_masks_, magnitude_masks_, quantizers, requantize_
 from .attention_map import activate_attention_
@@ -26,7 +27,9 @@ from .count_progress import count_progress
 from .finetune import finetune_
 from .heads import Batch
 from .oneshot import prune_oneshot_
+from .permute import Permuted, describe_permuted, permute_
 from .plan import Plan, make_plan
+from .provenance import PROVENANCE, is_trained, read_provenance, write_provenance
 from .recipe import Recipe, RecipeError
 from .sparsegpt import QuantizeColumn
 from .stages import Calibrate, Finetune, Prune
@@ -35,7 +38,6 @@ from .teacher_cache import TeacherCache, cache_teacher
 from .train_data import EpochSampler, TrainData
 from .work import RunError, Work, fingerprint
 
-PROVENANCE = "squeezoo_training.json"
 TRAINING_LOG = "training_log.jsonl"  # what policies did and what was scored after each epoch, where there is any
 ONE_SHOT_BATCH = 8  # sequences a calibration batch of wanda and sparsegpt
 Evaluate = Callable[[nn.Module], dict[str, float]]
@@ -143,29 +145,10 @@ def train_dense(
     run = _Run(dense, dense, recipe, data, device, restart, save_seconds, hardware, evaluate, say)
     student, work = run.stages(Path(out))
     save_dense(student.to("cpu"), dense.processor, Path(out))
-    provenance = {
-        "base": {"name": dense.name, "revision": dense.revision},
-        "recipe": recipe.model_dump(mode="json"),
-        "training": work.records,
-        "run": work.fingerprint,
-    }
-    (Path(out) / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+    write_provenance(dense, recipe, work, Path(out))
     work.write_log(Path(out) / TRAINING_LOG)
     work.remove()
     return Compressed(Path(out), plan, tuple(work.records))
-
-
-def read_provenance(folder: str | Path) -> dict[str, Any] | None:
-    """What ``train_dense`` says about its folder: ``base``, ``recipe``, ``training``, ``run`` (a hash of all that went
-    in); None for other folders."""
-    path = Path(folder) / PROVENANCE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def is_trained(dense: Dense, recipe: Recipe, data: TrainData, folder: str | Path) -> bool:
-    """Whether ``folder`` holds what ``train_dense`` makes of exactly this model, recipe and data."""
-    provenance = read_provenance(folder)
-    return provenance is not None and provenance.get("run") == fingerprint(dense, dense, recipe, data)
 
 
 def _as_dense(model: Dense | nn.Module | str) -> Dense:
@@ -204,8 +187,9 @@ class _Run:
             )
         if self.data is not None and not len(self.data.features):
             raise RecipeError("the training data is empty: expected at least one sample")
-        student = deepcopy(self.base.model).to(self.device)
-        attach_(student, self.plan_at(0))
+        student = deepcopy(self.base.model)
+        permuted = self._permute(student)
+        attach_(student.to(self.device), self.plan_at(0))
         work = Work(Path(f"{out}.work"), fingerprint(self.dense, self.base, recipe, self.data), self.restart)
         if work.done:
             requantize_(student, self.plan_at(work.done - 1))
@@ -217,10 +201,22 @@ class _Run:
             started = time.monotonic()
             title = f"stage {index + 1}/{len(recipe.stages)} {stage.stage}"
             record: dict[str, Any] = {"stage": stage.stage} | self._run(student, index, work, title)
+            if permuted and index == 0:
+                record["permuted"] = [asdict(gemm) for gemm in permuted]
             record.setdefault("seconds", round(time.monotonic() - started, 1))
             work.finish(student, index, record)
             self.say(f"{title}: {record['seconds']:.0f} s")
         return student, work
+
+    def _permute(self, student: nn.Module) -> tuple[Permuted, ...]:
+        """Channels in the order that N:M keeps most of; the same each time, so a resumed run finds its own again."""
+        if not self.recipe.permute_channels:
+            return ()
+        patterns = {gemm.name: gemm.pattern for gemm in self.plan_at(0).gemms if gemm.pattern is not None}
+        with count_progress("permute: GEMMs") as tell:
+            permuted = permute_(find_sites(student, adapter_for(student)), patterns, progress=tell)
+        self.say(describe_permuted(permuted))
+        return permuted
 
     def _run(self, student: nn.Module, index: int, work: Work, title: str) -> dict[str, Any]:
         stage = self.recipe.stages[index]

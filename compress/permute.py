@@ -7,16 +7,19 @@ H heads that share the rows of one V head, D width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..models import Sites
+from ..models import Sites, adapter_for, find_sites
+from ..models.dense import DenseError, logits
+from ..models.example import example_batch
 from ..models.record import Permutable
 from ..models.sites import Block, Gemm
+from .count_progress import count_progress
 from .masks import Pattern, magnitude_mask
 from .permutation_search import find_permutation
 
@@ -35,14 +38,30 @@ class Permuted:
     kept_after: float
 
 
+def describe_permuted(found: Sequence[Permuted]) -> str:
+    """One line: how many GEMMs, and the mean share of the magnitude that is kept before and after."""
+    if not found:
+        return "permuted no channels: the adapter declares none that N:M takes"
+    before = sum(gemm.kept_before for gemm in found) / len(found)
+    after = sum(gemm.kept_after for gemm in found) / len(found)
+    return f"permuted the channels of {len(found)} GEMMs: kept magnitude {100 * before:.2f} % -> {100 * after:.2f} %"
+
+
 @torch.no_grad()
-def permute_(sites: Sites, patterns: Mapping[str, Pattern], *, max_swaps: int | None = None) -> tuple[Permuted, ...]:
+def permute_(
+    sites: Sites,
+    patterns: Mapping[str, Pattern],
+    *,
+    max_swaps: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Permuted, ...]:
     """Permute the in_features of every GEMM that the adapter declares permutable; do it before `attach_`.
 
     Args:
         sites: of the model, from `find_sites`; its weights and biases are permuted in place.
         patterns: N:M of each GEMM by full name; GEMMs that are not named stay as they are.
         max_swaps: per matrix, or per head; default 10 * columns.
+        progress: is told the GEMMs done and their number.
 
     Returns:
         One record per permuted GEMM, in model order. A GEMM that no permutation helps is in it too. Left out is an
@@ -66,7 +85,33 @@ def permute_(sites: Sites, patterns: Mapping[str, Pattern], *, max_swaps: int | 
             width = _head_dim(sites, block, entry, consumer) if entry.within == "head" else consumer.in_features
             if entry.within == "all" or width % pattern.m == 0:
                 work.append((consumer, producers, pattern, width))
-    return tuple(_permute_one_(*each, max_swaps) for each in work)
+    found = []
+    for done, each in enumerate(work):
+        progress(done, len(work))
+        found.append(_permute_one_(*each, max_swaps))
+    progress(len(work), len(work))
+    return tuple(found)
+
+
+@torch.no_grad()
+def permute_dense_(model: nn.Module, pattern: Pattern) -> tuple[tuple[Permuted, ...], float]:
+    """`permute_` for every block GEMM of a model, and the largest change of its outputs on an example, relative to the
+    largest output: rounding only, since sums are taken in another order."""
+    batch = example_batch(model)
+    before = _outputs(model, batch)
+    sites = find_sites(model, adapter_for(model))
+    with count_progress("permute: GEMMs") as tell:
+        found = permute_(sites, patterns_of(sites, pattern), progress=tell)
+    return found, float((_outputs(model, batch) - before).abs().max() / before.abs().max())
+
+
+def _outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Scores; of a model without a head the last hidden state."""
+    try:
+        return logits(model, batch)
+    except DenseError:
+        hidden: Tensor = model(**batch)[0]
+        return hidden
 
 
 def _head_dim(sites: Sites, block: Block, entry: Permutable, consumer: Gemm) -> int:

@@ -25,7 +25,12 @@ class RecipeError(ValueError):
 
 
 class Recipe(Record):
-    """A whole compression recipe; see ``recipes/*.yaml`` for the published systems."""
+    """A whole compression recipe; see ``recipes/*.yaml`` for the published systems.
+
+    Args:
+        permute_channels: reorder the in_features of the matrices that the adapter declares permutable before anything
+            is pruned, so that N:M keeps more of their magnitude; outputs of the dense model stay what they were.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     description: str
@@ -35,6 +40,7 @@ class Recipe(Record):
     embeddings: EmbeddingRule | None = None
     student: Student | None = None
     untie_final_projection: bool = False
+    permute_channels: bool = False
     stages: tuple[Stage, ...] = ()
     storage: Storage = Storage()
     seed: int = Field(0, ge=0)
@@ -74,6 +80,10 @@ class Recipe(Record):
             )
         if len(prunes) > 1:
             raise ValueError("stage `prune` stands twice; it runs once")
+        if self.permute_channels and not any(isinstance(p, Pattern) for p in patterns):
+            raise ValueError("permute_channels helps N:M sparsity, but no rule asks for it")
+        if self.permute_channels and any(prune.method == "inherit" for prune in prunes):
+            raise ValueError("permute_channels moves zeros out of their groups: a mask cannot be inherited then")
         for policy in moving:
             if not patterns:
                 raise ValueError(f"policy {policy.method} moves masks, but no rule asks for sparsity")
@@ -177,13 +187,13 @@ class Recipe(Record):
 
     def override(self, **values: Any) -> Recipe:
         """A copy with the given settings of every finetune stage replaced (``epochs``, ``learning_rate``, ...),
-        ``seed``, or ``attention``, the N:M of the attention maps. The copy keeps the name, since the resolved recipe
-        travels with each checkpoint."""
+        ``seed``, ``permute_channels``, or ``attention``, the N:M of the attention maps. The copy keeps the name, since
+        the resolved recipe travels with each checkpoint."""
         data = self.model_dump(mode="json")
         fixed = ("stage", "distill", "policy", "dropout", "steps")
         for key, value in values.items():
-            if key == "seed":
-                data["seed"] = value
+            if key in ("seed", "permute_channels"):
+                data[key] = value
                 continue
             if key == "attention":
                 if self.attention is None or self.attention.sparsity is None:
@@ -194,7 +204,9 @@ class Recipe(Record):
                 continue
             if key not in Finetune.model_fields or key in fixed:
                 allowed = sorted(set(Finetune.model_fields) - set(fixed))
-                raise RecipeError(f"cannot override {key!r}; allowed: seed, attention, {', '.join(allowed)}")
+                raise RecipeError(
+                    f"cannot override {key!r}; allowed: seed, permute_channels, attention, {', '.join(allowed)}"
+                )
             for stage in data["stages"]:
                 if stage["stage"] == "finetune" and not (key == "epochs" and stage["policy"]["method"] == "iterative"):
                     stage[key] = value

@@ -9,7 +9,7 @@ from tiny import TIMM_ARGS
 from typer.testing import CliRunner
 
 COMMANDS = (
-    "quickstart", "plan", "compress", "finetune", "sweep", "eval", "bench", "roofline", "verify", "load-check", "card", "publish", "list",
+    "quickstart", "plan", "permute", "compress", "finetune", "sweep", "eval", "bench", "roofline", "verify", "load-check", "card", "publish", "list",
     "info", "adapters", "recipes", "tasks", "doctor",
 )  # fmt: skip
 

@@ -91,3 +91,14 @@ def test_settings_and_families_of_tasks(decoder, tmp_path):
     assert all(a["value"] != b["value"] for a, b in pairwise(one))
     result = run("eval", decoder, "--task", "wikitext2/sliding", "--set", "strid=4", *options, code=1)
     assert "did you mean 'stride'" in result.stderr
+
+
+def test_permute_reports_what_it_brings_and_proves_the_outputs(decoder, tmp_path):
+    data = json.loads(
+        run("permute", decoder.parent / "gpt2", "--pattern", "2:4", "-o", tmp_path / "p", "--json").stdout
+    )
+    assert len(data["gemms"]) == 4  # FFN2 and attention output of two blocks
+    assert all(gemm["kept_after"] >= gemm["kept_before"] for gemm in data["gemms"])
+    assert data["output_error"] < 1e-5
+    again = json.loads(run("permute", tmp_path / "p", "--json").stdout)["gemms"][0]
+    assert again["kept_before"] == pytest.approx(data["gemms"][0]["kept_after"])

@@ -1,15 +1,18 @@
 """Channel permutation: against brute force, and on every tiny architecture: outputs stay, kept magnitude rises."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 from squeezoo.compress.attach import attach_
-from squeezoo.compress.masks import Pattern, magnitude_mask
+from squeezoo.compress.checkpoint import load
+from squeezoo.compress.engine import compress
+from squeezoo.compress.masks import Pattern, check_nm, magnitude_mask
 from squeezoo.compress.permutation_search import find_permutation
 from squeezoo.compress.permute import PermutationError, patterns_of, permute_
 from squeezoo.compress.plan import make_plan
-from squeezoo.compress.recipe import Recipe
+from squeezoo.compress.recipe import Recipe, RecipeError
 from squeezoo.models import adapter_for, find_sites
 from squeezoo.models.dense import logits
 from tiny import ALL, tiny_batch
@@ -139,3 +142,38 @@ def test_an_attached_model_is_refused():
     sites = find_sites(model, adapter_for(model))
     with pytest.raises(PermutationError, match="is attached"):
         permute_(sites, patterns_of(sites, TWO_FOUR))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "timm_vit"])
+def test_a_recipe_with_permuted_channels_keeps_more_and_says_how_much(name, tmp_path):
+    """Through the engine and the checkpoint: the pruned model holds more of the dense magnitude than without."""
+    dense = ALL[name]()
+    before = copy.deepcopy(dense.state_dict())
+    lines: list[str] = []
+    recipe = Recipe.load("magnitude-2-4")
+    compress(dense, recipe, None, tmp_path / "plain")
+    made = compress(dense, recipe.override(permute_channels=True), None, tmp_path / "permuted", say=lines.append)
+    assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+    records = made.stages[0]["permuted"]
+    assert {r["name"] for r in records} <= {gemm.name for gemm in made.plan.gemms}
+    assert all(r["kept_after"] >= r["kept_before"] for r in records)
+    assert any(r["kept_after"] > r["kept_before"] for r in records)
+    assert any(f"permuted the channels of {len(records)} GEMMs" in line for line in lines)
+    magnitudes = []
+    for folder in ("plain", "permuted"):
+        model = load(tmp_path / folder, backend="dense")
+        sites = find_sites(model, adapter_for(model))
+        magnitudes.append(sum(float(gemm.weight_OI.abs().sum()) for gemm in sites.gemms))
+        assert all(check_nm(gemm.weight_OI, TWO_FOUR) for gemm in sites.gemms)
+    assert magnitudes[1] > magnitudes[0]
+
+
+def test_a_recipe_that_permutation_cannot_help_is_refused():
+    rule = {"roles": ["block"], "sparsity": "50%"}
+    body = {"name": "r", "description": "d", "source": "s", "rules": [rule], "stages": [{"stage": "prune"}]}
+    with pytest.raises(RecipeError, match="no rule asks for it"):
+        Recipe.parse(body | {"permute_channels": True})
+    rule["sparsity"] = "2:4"
+    body["stages"][0]["method"] = "inherit"
+    with pytest.raises(RecipeError, match="cannot be inherited"):
+        Recipe.parse(body | {"permute_channels": True})
