@@ -146,6 +146,27 @@ def bench(
 
 
 @command
+def bench_engine(
+    part: Annotated[list[str], typer.Option(help="mask, oneshot or step; repeat; default: all")] = [],  # noqa: B006
+    json_file: Annotated[Path | None, typer.Option("--json-file", help="write the record there, part by part")] = None,
+    data_dir: DataDir = None,
+    threads: Annotated[int, typer.Option(help="CPU threads", min=1)] = 2,
+    json_: JsonFlag = False,
+) -> None:
+    """Time the engine itself: N:M masks, one-shot pruning of a real language model, a training step.
+
+    Example: squeezoo bench-engine --part mask
+    """
+    from .bench_engine import PARTS, engine_table, run_bench_engine
+
+    record = run_bench_engine(part or PARTS, json_file, say, data_dir=data_dir, threads=threads)
+    if json_:
+        show_json(record)
+    else:
+        out.print(engine_table(record), highlight=False, markup=False, soft_wrap=True)
+
+
+@command
 def roofline(
     checkpoint: Annotated[str, typer.Argument(help="checkpoint folder or zoo name")],
     hardware: Annotated[str, typer.Option(help="A100-SXM-80GB, H100-SXM, ...; `cpu`: this one, measured first")],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,6 +53,40 @@ def info(name: Annotated[str, typer.Argument(help="zoo name")], json_: JsonFlag 
     from . import catalog
 
     show_found(catalog.zoo_entry(name), json_)
+
+
+class CompareFormat(str, Enum):
+    """What a comparison is written as."""
+
+    text = "text"
+    markdown = "markdown"
+    html = "html"
+
+
+@command
+def compare(
+    sources: Annotated[list[str], typer.Argument(help="folders with a results.json, or zoo names")],
+    format_: Annotated[CompareFormat, typer.Option("--format", help="of the output")] = CompareFormat.text,
+    out_file: Annotated[Path | None, typer.Option("--out", "-o", help="write a file instead of printing")] = None,
+    plots: Annotated[bool, typer.Option("--plots", help="with --out: score against latency and size")] = False,
+    mixed: Annotated[bool, typer.Option("--mixed", help="allow different models, tasks and samples, marked")] = False,
+) -> None:
+    """Several variants of one model side by side: scores, sizes, speed, from their cards. Measures nothing.
+
+    Example: squeezoo compare runs/minilm-l6.mrpc.gpusq-gemm-int8 runs/minilm-l6.mrpc.asp-2-4 --format markdown
+    """
+    from .zoo_cards.compare import compare as run
+    from .zoo_cards.compare_render import to_html, to_markdown, to_text, write_comparison
+
+    found = run(sources, mixed=mixed)
+    if out_file is not None:
+        for path in write_comparison(found, out_file, format_.value, plots):
+            out.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+        return
+    if plots:
+        raise ValueError("plots are files: say where with --out")
+    writers: dict[str, Callable[[Any], str]] = {"text": to_text, "markdown": to_markdown, "html": to_html}
+    out.print(writers[format_.value](found), highlight=False, markup=False, soft_wrap=True)
 
 
 @command

@@ -10,7 +10,7 @@ import datetime
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from .eval.fit import check_labels, check_reads, head_kind
 from .eval.perplexity import context_length
 from .eval.results import atomic_write_json
 from .eval.run import evaluate, sample_rows
+from .eval.speech_vocabulary import LETTERS, with_vocabulary
 from .eval.task import Task
 from .models.dense import Dense, load_dense
 from .models.folders import load_processor
@@ -76,7 +77,11 @@ def load_for(source: str, task: Task | None, *, seed: int = 0) -> Dense:
     if task is None:
         return load_dense(source, kind="auto", seed=seed)
     kind = task.model_kinds[0]
-    return load_dense(source, kind=kind, num_labels=task.num_labels if kind in WITH_LABELS else None, seed=seed)
+    dense = load_dense(source, kind=kind, num_labels=task.num_labels if kind in WITH_LABELS else None, seed=seed)
+    if kind == "ctc" and hasattr(dense.processor, "sampling_rate"):  # a feature extractor alone: no vocabulary yet
+        dense = load_dense(source, kind=kind, num_labels=len(LETTERS), seed=seed)
+        return replace(dense, processor=with_vocabulary(dense.processor))
+    return dense
 
 
 def training_data(

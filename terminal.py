@@ -29,6 +29,7 @@ class Backend(str, Enum):
 
     auto = "auto"
     int8 = "int8"
+    cuda = "cuda"
     reference = "reference"
     dense = "dense"
 

@@ -43,6 +43,7 @@ class AttentionMapCompressor(nn.Module):
         self.renormalize = renormalize
         self.q, self.k, self.p, self.v = q, k, p, v
         self.previous: dict[str, Any] = {}
+        self.kernel: nn.Module | None = None  # a fused one for inference (runtime/nm_attention.py); it may decline
         # The flag twice: as a buffer to be saved, and as a plain bool, for reading a buffer on a GPU waits for it.
         self.register_buffer("active_flag", torch.zeros((), dtype=torch.bool))
         self._active = False
@@ -71,8 +72,13 @@ class AttentionMapCompressor(nn.Module):
         scale: float | None = None,
         dropout_p: float = 0.0,
         first_key: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        """Output [B, H, Q, E] and the probabilities that multiplied V, as ``sparse_attention`` has them."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [B, H, Q, E] and the probabilities that multiplied V, as ``sparse_attention`` has them; None of them
+        where a kernel ran."""
+        if self.kernel is not None and self.active and not self.training:
+            q, k, v = (x if f is None else f(x) for x, f in ((q_BHQD, self.q), (k_BGKD, self.k), (v_BGKE, self.v)))
+            if (fused := self.kernel(q, k, v, mask, scale, first_key)) is not None:
+                return fused, None
         out, probs = sparse_attention(
             q_BHQD,
             k_BGKD,

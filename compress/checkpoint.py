@@ -35,12 +35,16 @@ from .plan import Plan
 from .quantizers import map_quantizer
 from .recipe import Recipe
 from .runtime import int8_supported, use_int8_, use_int8_embeddings_, use_quantized_inputs_
+from .runtime.cuda import use_cuda_
+from .runtime.cuda_linear import CudaOptions
+from .runtime.cuda_support import CudaError, cuda_capability
 from .runtime.inputs import stretch_
+from .runtime.nm_attention import use_nm_attention_
 from .upgrade import FORMAT_VERSION, upgraded
 
 MANIFEST, WEIGHTS, GOLDEN = "squeezoo.json", "weights.safetensors", "golden.safetensors"
-Backend = Literal["auto", "int8", "reference", "dense"]
-Resolved = Literal["int8", "reference", "dense"]
+Backend = Literal["auto", "int8", "cuda", "reference", "dense"]
+Resolved = Literal["int8", "cuda", "reference", "dense"]
 
 
 class CheckpointError(RuntimeError):
@@ -188,10 +192,11 @@ def load(folder: str | Path, *, device: str = "cpu", backend: Backend = "auto", 
 
     Args:
         folder: a checkpoint folder.
-        device: where the model runs; the integer backend is for CPUs, elsewhere ``auto`` takes ``reference``.
-        backend: ``int8`` replaces quantized GEMMs by integer kernels; ``reference`` repeats the training-time
-            arithmetic in float32; ``dense`` has the same weights as plain float32 and rounds no inputs, to compare
-            speed with; ``auto`` takes ``int8`` where this machine has the kernels.
+        device: where the model runs.
+        backend: ``int8`` replaces quantized GEMMs by integer kernels of the CPU; ``cuda`` replaces quantized and 2:4
+            GEMMs by kernels of the GPU, all else in bfloat16; ``reference`` repeats the training-time arithmetic in
+            float32; ``dense`` has the same weights as plain float32 and rounds no inputs, to compare speed with;
+            ``auto`` takes ``int8`` or ``cuda`` where this machine has the kernels.
         check: compare every file with its SHA-256 first.
 
     Raises:
@@ -202,14 +207,24 @@ def load(folder: str | Path, *, device: str = "cpu", backend: Backend = "auto", 
         check_files(folder, manifest)
     tensors = load_tensors(Path(folder) / WEIGHTS)
     backend = resolve_backend(backend, device, manifest)
-    return assemble(manifest.model, tensors, manifest.plan, backend).to(device)
+    return assemble(manifest.model, tensors, manifest.plan, backend, device).to(device)
 
 
 def resolve_backend(backend: Backend, device: str, manifest: Manifest) -> Resolved:
+    if backend not in ("auto", "int8", "cuda", "reference", "dense"):
+        raise CheckpointError(f"unknown backend {backend!r}; allowed: auto, int8, cuda, reference, dense")
+    if device.startswith("cuda") and backend != "int8":
+        try:
+            cuda_capability(device)
+        except CudaError as error:
+            if backend == "cuda" or not torch.cuda.is_available():
+                raise CheckpointError(str(error)) from error
+            return "dense" if backend == "dense" else "reference"
+        return "cuda" if backend == "auto" else backend
+    if backend == "cuda":
+        raise CheckpointError(f"backend cuda runs on a CUDA device, not on {device}: write device='cuda'")
     if backend in ("reference", "dense"):
         return backend
-    if backend not in ("auto", "int8"):
-        raise CheckpointError(f"unknown backend {backend!r}; allowed: auto, int8, reference, dense")
     supported, reason = int8_supported()
     if not device.startswith("cpu"):
         supported, reason = False, f"the int8 backend runs on the CPU, not on {device}"
@@ -227,28 +242,40 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {error}; get the checkpoint again") from error
 
 
-def assemble(description: Mapping[str, Any], tensors: Mapping[str, Tensor], plan: Plan, backend: Resolved) -> nn.Module:
+def assemble(
+    description: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    plan: Plan,
+    backend: Resolved,
+    device: str = "cpu",
+) -> nn.Module:
     """Build the module tree and fill it with the packed tensors.
 
-    ``dense`` leaves out everything that is not plain weights: rounded inputs and N:M attention maps.
+    ``dense`` leaves out everything that is not plain weights: rounded inputs and N:M attention maps. ``device`` is
+    where ``cuda`` puts the model.
 
     Raises:
         PackError: tensors that contradict the plan. CheckpointError: tensors that the model lacks or does not know.
     """
     model = build(description)
-    integer = backend == "int8"
+    integer = backend in ("int8", "cuda")
     unpacked = unpack(tensors, plan, keep_int8=integer)
     sites = find_sites(model, adapter_named(plan.adapter)) if integer else None
     _fill_(model, unpacked.state, {f"{name}.weight" for name in unpacked.gemms})
     if backend == "dense":
         return model.eval()
-    if sites is not None:
+    if sites is not None and backend == "cuda":
+        pruned = [gemm.name for gemm in plan.gemms if gemm.sparsity and gemm.name not in unpacked.gemms]
+        use_cuda_(model, sites, unpacked.gemms, sparse=pruned, options=CudaOptions(device=device))
+    elif sites is not None:
         use_int8_(model, sites, unpacked.gemms)
         use_int8_embeddings_(model, unpacked.tables)
     use_quantized_inputs_(model, unpacked.inputs)
     if plan.attention:  # after the GEMMs: a door may hook the very modules that were replaced
         for name, compressor in attach_attention_(model, plan.attention, map_quantizer).items():
             compressor.load_state_dict(unpacked.maps[name])
+        if backend == "cuda":
+            use_nm_attention_(model)
     return model.eval()
 
 

@@ -28,6 +28,9 @@ class TrainData:
 
     def lengths(self) -> list[int]:
         """Tokens or audio values per sample, for batches of similar length; all 1 for images."""
+        if hasattr(self.features, "lengths"):  # of recordings, which need not be decoded for it
+            told: list[int] = self.features.lengths()
+            return told
         first = self.features[0]
         key = next((key for key in ("input_ids", "input_values") if key in first), None)
         if key is None:  # images: not decoded for this

@@ -107,7 +107,8 @@ def batches(
     lengths = [1] * len(order)
     key = next((key for key in ("input_ids", "input_values") if order and key in features[0]), None)
     if key is not None:
-        lengths = [len(feature[key]) for feature in features]
+        told = getattr(features, "lengths", None)  # of recordings, which need not be decoded for it
+        lengths = [len(feature[key]) for feature in features] if told is None else told()
         order.sort(key=lambda index: lengths[index], reverse=True)
     start = 0
     while start < len(order):

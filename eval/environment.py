@@ -13,7 +13,7 @@ import torch
 
 LIBRARIES = (
     "squeezoo", "torch", "transformers", "tokenizers", "timm", "datasets", "scikit-learn", "scipy", "numpy",
-    "sacrebleu", "rouge-score", "jiwer", "seqeval",
+    "sacrebleu", "rouge-score", "jiwer", "seqeval", "soundfile", "pillow", "pyctcdecode", "kenlm",
 )  # fmt: skip
 # the features that decide which int8 and bf16 kernels a CPU can run (x86, then Arm)
 CPU_FEATURES = (

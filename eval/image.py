@@ -1,4 +1,4 @@
-"""Image classification: scikit-learn's digits (no file needed) and CIFAR-10.
+"""Image classification, top-1 (``accuracy``) and top-5: scikit-learn's digits (no file needed) and CIFAR-10.
 
 Folder layout of CIFAR-10: ``DIR/cifar10/{train,test}.parquet`` columns ``image`` (encoded bytes) and ``label``.
 """
@@ -6,20 +6,27 @@ Folder layout of CIFAR-10: ``DIR/cifar10/{train,test}.parquet`` columns ``image`
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from . import files, metrics
+from .ahead import Ahead
 from .augment import flip_and_crop, shift_one_pixel
 from .task import Feature, Row, Task, nearest
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import nn
 
+    from .runner import Runner
+
+    Encode = Callable[[Sequence[Row], Any, int], Sequence[Feature]]
+
+TOP = 5
 SPLITS = ("train", "test")
 DIGITS_SPLITS = ("train", "validation", "test")
 CIFAR10_HUB = "uoft-cs/cifar10"
@@ -204,10 +211,50 @@ def cifar10_rows(split: str, data_dir: str | Path | None = None) -> list[Row]:
     return rows
 
 
-def _accuracy(predictions: Sequence[int], labels: Sequence[int]) -> dict[str, float]:
-    return {"accuracy": metrics.accuracy(predictions, labels)}
+def predict_ranks(
+    runner: Runner, rows: Sequence[Row], *, encode: Encode, classes: int, decode_ahead: bool = False
+) -> list[list[int]]:
+    """The five classes of the largest logits of each row, the largest first; of equal ones the lower class.
+
+    Args:
+        encode: the task's. classes: width of the logits.
+        decode_ahead: a few threads decode what comes next, for images whose decoding takes longer than reading memory.
+
+    Raises:
+        ValueError: logits of another width, or such that are not finite.
+    """
+    features = encode(rows, runner.model if runner.processor is None else runner.processor, runner.max_length)
+
+    def best(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[list[int]]:
+        from ..models.dense import logits
+
+        scores_BC = logits(model, batch)
+        if scores_BC.dim() != 2 or scores_BC.shape[1] != classes:
+            raise ValueError(
+                f"the task needs logits [rows, {classes}], the model gives {list(scores_BC.shape)}: load it with "
+                f"num_labels={classes} and fine-tune it on this task"
+            )
+        if not scores_BC.isfinite().all():
+            raise ValueError("the model gives NaN or infinite logits")
+        found: list[list[int]] = scores_BC.float().sort(descending=True, stable=True).indices[:, :TOP].tolist()
+        return found
+
+    if not decode_ahead:
+        return runner.map(features, best, drop=("labels",))
+    with Ahead(features, 2 * runner.batch_size) as ahead:
+        return runner.map(ahead, best, drop=("labels",))
 
 
+def ranked_accuracy(
+    predictions: Sequence[Sequence[int]], labels: Sequence[int], first: str = "accuracy"
+) -> dict[str, float]:
+    """Share of rows whose class is the best one (under the name ``first``) and among the five best (``top5``)."""
+    among = sum(label in ranks for ranks, label in zip(predictions, labels, strict=True))
+    return {first: metrics.accuracy([ranks[0] for ranks in predictions], labels), "top5": among / len(labels)}
+
+
+_ENCODE_DIGITS = partial(encode_images, pixels=DIGITS_PIXELS)
+_ENCODE_CIFAR10 = partial(encode_images, pixels=CIFAR10_PIXELS)
 DIGITS = Task(
     name="digits",
     version=2,
@@ -219,8 +266,9 @@ DIGITS = Task(
     metric="accuracy",
     higher_is_better=True,
     rows=digits_rows,
-    encode=partial(encode_images, pixels=DIGITS_PIXELS),
-    score=_accuracy,
+    encode=_ENCODE_DIGITS,
+    score=ranked_accuracy,
+    predict=partial(predict_ranks, encode=_ENCODE_DIGITS, classes=10),
     augment=shift_one_pixel,
 )
 CIFAR10 = Task(
@@ -234,7 +282,8 @@ CIFAR10 = Task(
     metric="accuracy",
     higher_is_better=True,
     rows=cifar10_rows,
-    encode=partial(encode_images, pixels=CIFAR10_PIXELS),
-    score=_accuracy,
+    encode=_ENCODE_CIFAR10,
+    score=ranked_accuracy,
+    predict=partial(predict_ranks, encode=_ENCODE_CIFAR10, classes=10),
     augment=flip_and_crop,
 )

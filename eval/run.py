@@ -114,7 +114,8 @@ def evaluate(
     if task.max_length is not None:
         length = task.max_length if max_length is None else max_length
         conditions = {"max_length": length, **conditions}
-    rows = sample_rows(task.rows(split, data_dir), limit)
+    found = task.rows(split, data_dir)
+    rows = sample_rows(found, limit)
     conditions |= rows[0].get("settings", {}) if rows else {}
     runner = Runner(
         model, processor, device, batch_size, length, conditions, progress=progress, title=f"{task.name} {split}"
@@ -126,7 +127,7 @@ def evaluate(
         values,
         split=split,
         samples=len(rows),
-        complete=len(rows) == size,
+        complete=len(rows) == (size or len(found)),
         libraries=library_versions(),
         seed=seed,
         settings=conditions,

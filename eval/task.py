@@ -97,7 +97,8 @@ class Task:
         kind: what the model must be able to do.
         num_labels: width of the model's logits; None where the vocabulary decides.
         splits: names of the labelled splits; the first is trained on, the last is reported.
-        sizes: official number of rows of each split; a score over any other number is not complete.
+        sizes: official number of rows of each split; a score over any other number is not complete. 0 for data of the
+            user's own, which is complete when all of it is scored; its rows' ``settings`` then tell the data.
         metric: the primary metric, one of the keys that ``score`` returns.
         higher_is_better: direction of the primary metric.
         rows: ``rows(split, data_dir)`` reads one split as dicts; ``data_dir`` None means ``$SQUEEZOO_DATA``, then the
@@ -164,7 +165,7 @@ class Task:
             raise ValueError(f"task {self.name}: " + nearest("kind", str(self.kind), get_args(Kind)))
         if not isinstance(self.splits, tuple) or not self.splits or len(set(self.splits)) != len(self.splits):
             raise ValueError(f"task {self.name}: splits must be a tuple of different names, got {self.splits!r}")
-        if len(self.sizes) != len(self.splits) or not all(size >= 1 for size in self.sizes):
+        if len(self.sizes) != len(self.splits) or not all(size >= 0 for size in self.sizes):
             raise ValueError(f"task {self.name}: sizes must give a number of rows per split, got {self.sizes!r}")
         if self.label_names and len(self.label_names) != self.num_labels:
             raise ValueError(f"task {self.name}: label_names must be {self.num_labels} names, got {self.label_names!r}")
@@ -185,7 +186,11 @@ class Task:
         return NEEDS[self.kind][1]
 
     def size(self, split: str) -> int:
-        """Official number of rows of ``split``. Raises ValueError with the known splits and the nearest one."""
+        """Official number of rows of ``split``, 0 where there is none.
+
+        Raises:
+            ValueError: unknown split, with the known ones and the nearest.
+        """
         if split in self.unlabelled:
             raise ValueError(
                 f"{self.name}: the official split {split!r} has no public labels, so nothing can be scored on it; "

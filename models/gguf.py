@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -50,11 +51,54 @@ def read_gguf(file: Path, kind: str, num_labels: int | None) -> tuple[nn.Module,
     config = hf.AutoConfig.from_pretrained(**where)
     cls = model_class(config, "causal-lm" if kind == "auto" else kind)  # the file does not say; all hold such models
     set_labels_(config, kind, num_labels)
+    tokenizer = hf.AutoTokenizer.from_pretrained(**where)  # before the weights: its making takes memory of its own
+    model = _streamed(file, cls, config) or _by_transformers(cls, config, where)
+    pad_with_end_(model, tokenizer)
+    return model, tokenizer
+
+
+def _by_transformers(cls: Any, config: Any, where: dict[str, Any]) -> nn.Module:
+    """Every architecture that transformers reads, and new heads; it holds the weights twice for a while."""
     loaded = cls.from_pretrained(**where, config=config, dtype=torch.float32)
     description = describe(loaded)
     description["config"].pop("quantization_config", None)  # the weights are plain now
     model = build(description)
-    model.load_state_dict(loaded.state_dict())
-    tokenizer = hf.AutoTokenizer.from_pretrained(**where)
-    pad_with_end_(model, tokenizer)
-    return model, tokenizer
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()  # type: ignore[operator]
+    return model
+
+
+@torch.no_grad()
+def _streamed(file: Path, cls: Any, config: Any) -> nn.Module | None:
+    """The model, its weights dequantized one by one into their places, so that memory holds them once.
+
+    Names are gguf's own table, the order of rows transformers' own rule. None where these two do not say all: weights
+    that a file joins or splits, a new head.
+    """
+    import gguf
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+    reader = gguf.GGUFReader(file)
+    field = reader.fields["general.architecture"]
+    architecture = bytes(field.parts[field.data[0]]).decode()
+    stored = {tensor.name: (tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    del reader, field  # one object per word of the vocabulary: more than 100 MB
+    known = next((number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
+    if known is None:
+        return None
+    names = gguf.get_tensor_name_map(known, config.num_hidden_layers)
+    config.dtype = torch.float32
+    model = build({"library": "transformers", "class": cls.__name__, "config": config.to_dict()})
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+    for name, parameter in model.named_parameters():  # tied ones once
+        own = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if own not in stored:
+            return None
+        found = processor.process(
+            gguf.dequantize(*stored.pop(own)), own, tensor_key_mapping={own: name}, parsed_parameters={"tensors": {}}
+        )
+        weights = torch.from_numpy(np.require(found.weights, requirements="W"))  # what is no block is the file itself
+        if found.name != own or weights.shape != parameter.shape:
+            return None
+        parameter.copy_(weights)
+    return model

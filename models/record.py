@@ -83,6 +83,24 @@ CROSS_HEADS = Permutable("cross_out", ("cross_v",), within="head")
 
 
 @dataclass(frozen=True)
+class BlockForm:
+    """How the parts of an encoder block stand to each other, for a runtime that computes a block as a whole.
+
+        norm_first: h = x + attention(norm(x)),  y = h + FFN(norm(h))         (pre-LN)
+        otherwise:  h = norm(x + attention(x)),  y = norm(h + FFN(h))         (post-LN)
+
+    Args:
+        attention_norm, ffn_norm: names of the two layer norms, relative to the block.
+        mask: the argument of the block's forward that holds the attention mask, [B, H, Q, K] or broadcastable to it.
+    """
+
+    attention_norm: str
+    ffn_norm: str
+    norm_first: bool
+    mask: str = "attention_mask"
+
+
+@dataclass(frozen=True)
 class Adapter:
     """One architecture family.
 
@@ -105,6 +123,7 @@ class Adapter:
         pooler: linears outside the blocks, other than the final projection, that a recipe may treat as role ``pooler``.
         embeddings: the ``nn.Embedding`` tables that the model looks up.
         permutable: what channel permutation may do, see `Permutable`.
+        form: what an encoder block computes, see `BlockForm`; None where it is something else.
     """
 
     name: str
@@ -121,6 +140,7 @@ class Adapter:
     pooler: str | None = None
     embeddings: str | None = None
     permutable: tuple[Permutable, ...] = ()
+    form: BlockForm | None = None
 
     @property
     def kinds(self) -> dict[str, int]:

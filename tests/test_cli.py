@@ -9,8 +9,8 @@ from tiny import TIMM_ARGS
 from typer.testing import CliRunner
 
 COMMANDS = (
-    "quickstart", "plan", "permute", "compress", "finetune", "sweep", "eval", "bench", "roofline", "verify", "load-check", "card", "publish", "list",
-    "info", "adapters", "recipes", "tasks", "doctor",
+    "quickstart", "plan", "permute", "compress", "finetune", "sweep", "eval", "bench", "bench-engine", "roofline",
+    "compare", "verify", "load-check", "card", "publish", "list", "info", "adapters", "recipes", "tasks", "doctor",
 )  # fmt: skip
 
 
@@ -62,7 +62,10 @@ def test_finetune_compress_eval_verify_bench_card(dense, checkpoint, tmp_path):
     assert json.loads((tmp_path / "d" / "squeezoo_training.json").read_text())["base"]["name"] == "dense"
     for model in (dense, checkpoint):
         scores = json.loads(run("eval", model, "--task", "digits", "--limit", 40, "--json").stdout)
-        assert [(s["task"], s["samples"], s["complete"]) for s in scores] == [("digits", 40, False)]
+        assert [(s["metric"], s["samples"], s["complete"]) for s in scores] == [
+            ("accuracy", 40, False),
+            ("top5", 40, False),
+        ]
     assert "golden output" in run("verify", checkpoint).output
     assert json.loads(run("load-check", checkpoint, "--json").stdout)["reference_error"] < 1e-3
     speeds = json.loads(run("bench", checkpoint, "--batch", 1, "--batch", 2, "--repeats", 20, "--json").stdout)

@@ -102,3 +102,15 @@ def test_permute_reports_what_it_brings_and_proves_the_outputs(decoder, tmp_path
     assert data["output_error"] < 1e-5
     again = json.loads(run("permute", tmp_path / "p", "--json").stdout)["gemms"][0]
     assert again["kept_before"] == pytest.approx(data["gemms"][0]["kept_after"])
+
+
+def test_compare_prints_and_writes_what_the_cards_hold(tmp_path):
+    name = "minilm-l6.mrpc.gpusq-gemm-int8"
+    text = run("compare", name).stdout
+    assert "gpusq-gemm-int8" in text
+    assert "86.13 %" in text  # its card's F1
+    run("compare", name, "--format", "html", "--out", tmp_path / "c.html", "--plots")
+    page = (tmp_path / "c.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "data:image/png;base64," in page
+    assert "say where with --out" in run("compare", name, "--plots", code=1).stderr

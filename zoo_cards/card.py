@@ -9,22 +9,39 @@ import datetime
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from ..eval.results import atomic_write_json
 from ..eval.speed import Speed
 from ..eval.task import Score
-from .parts import RESULTS, Base, Breakdown, Data, PlanSummary, Published, RecipeNote, ScoreRow, Size, Stage, Training
-from .strict import record_from
+from .parts import (
+    RESULTS,
+    Base,
+    Breakdown,
+    Data,
+    PlanSummary,
+    Published,
+    RecipeNote,
+    ScoreRow,
+    Size,
+    Stage,
+    StorageForm,
+    Training,
+)
+from .resources import Resources
+from .search import Search
+from .strict import plain, record_from
 
 __all__ = [
     "COMPRESSED", "DENSE", "RESULTS", "Base", "Breakdown", "Card", "Data", "PlanSummary", "Published", "RecipeNote",
-    "ScoreRow", "Size", "Stage", "Training", "conditions",
+    "Resources", "ScoreRow", "Search", "Size", "Stage", "StorageForm", "Training", "conditions",
 ]  # fmt: skip
 
-FORMAT = 1
+FORMAT = 2
+# results.json of format 1 is the same without these; they are then empty
+SINCE_2: dict[str, Any] = {"storage": [], "search": None, "resources": plain(Resources())}
 DENSE = "dense"
 COMPRESSED = "compressed"
 
@@ -38,6 +55,8 @@ class Card:
         weights: ``included`` when the checkpoint lies beside results.json, ``reproducible`` when ``commands`` make it.
         speeds: dense and compressed measured in one run. commands: shell lines that reproduce the card.
         date: ISO day of the measurements. squeezoo: version of the package. code: its git commit, if known.
+        storage: how the matrices lie in the weight file. search: the trials that the compressed score was chosen from.
+        resources: loading, memory, energy and the rest; what is empty there was not measured.
 
     Raises:
         ValueError: the parts contradict each other; the message says which and what is expected.
@@ -59,11 +78,15 @@ class Card:
     date: str
     squeezoo: str
     code: str | None
+    storage: tuple[StorageForm, ...] = ()
+    search: Search | None = None
+    resources: Resources = field(default_factory=Resources)
 
     def __post_init__(self) -> None:
         _check_identity(self)
         _check_size(self)
         _check_scores(self)
+        _check_storage(self)
 
     def score(self, variant: str, like: Score) -> Score | None:
         """The score of ``variant`` measured under the same conditions as ``like``, or None."""
@@ -84,16 +107,21 @@ class Card:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
-        return {"format": FORMAT, **json.loads(json.dumps(asdict(self), allow_nan=False))}
+        data = {one.name: plain(getattr(self, one.name)) for one in fields(self)}
+        return {"format": FORMAT, **json.loads(json.dumps(data, allow_nan=False))}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "card") -> Card:
         """Inverse of `to_dict`. Raises ValueError with the place of an unknown, missing or wrong entry."""
         found = data.get("format") if isinstance(data, Mapping) else None
-        if found != FORMAT:
-            raise ValueError(f"{where}: expected format {FORMAT}, found {found!r}; this squeezoo reads no other")
+        if found not in (1, FORMAT):
+            raise ValueError(f"{where}: expected format 1 or {FORMAT}, found {found!r}; this squeezoo reads no other")
+        newer = [key for key in SINCE_2 if key in data]
+        if found == 1 and newer:
+            raise ValueError(f"{where}: unknown key {newer[0]!r} in format 1; it came with format {FORMAT}")
+        content = {key: value for key, value in data.items() if key != "format"}
         try:
-            return record_from(cls, {key: value for key, value in data.items() if key != "format"})
+            return record_from(cls, content if found == FORMAT else {**content, **SINCE_2})
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
@@ -144,10 +172,26 @@ def _check_size(card: Card) -> None:
         raise ValueError(f"card {card.name}: the breakdown sums to {total:,} bytes, true_bytes is {size.true_bytes:,}")
     if not 0 <= size.nonzeros <= size.parameters:
         raise ValueError(f"card {card.name}: {size.nonzeros:,} non-zeros of {size.parameters:,} parameters")
-    for field in fields(size):
-        value = getattr(size, field.name)
+    for one in fields(size):
+        value = getattr(size, one.name)
         if isinstance(value, int) and value <= 0:
-            raise ValueError(f"card {card.name}: size.{field.name} must be positive, got {value}")
+            raise ValueError(f"card {card.name}: size.{one.name} must be positive, got {value}")
+
+
+def _check_storage(card: Card) -> None:
+    for form in card.storage:
+        what = f"card {card.name}: storage {form.form} {form.number}"
+        if min(form.count, form.weights, form.bytes) < 1 or form.scale_bytes < 0:
+            raise ValueError(f"{what} needs positive counts, got {form}")
+    stored, size = sum(form.bytes for form in card.storage), card.size.breakdown
+    tables = sum(form.bytes for form in card.storage if form.form == "table")
+    if card.storage and stored - tables != size.values + size.indices:
+        raise ValueError(
+            f"card {card.name}: storage sums to {stored - tables:,} bytes of matrices, the breakdown says "
+            f"{size.values + size.indices:,} of values and indices"
+        )
+    if card.search is not None and card.search.task not in {data.task for data in card.data}:
+        raise ValueError(f"card {card.name}: the search chose by {card.search.task}, which `data` does not describe")
 
 
 def _check_scores(card: Card) -> None:

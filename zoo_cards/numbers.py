@@ -7,7 +7,10 @@ import math
 from ..eval.task import Score
 
 # Metrics whose fraction people read as a percentage; correlations, BLEU, perplexity and the rest stay as they are.
-PERCENT = frozenset({"accuracy", "f1", "exact_match", "precision", "recall", "top1", "top5", "wer", "cer"})
+PERCENT = frozenset({
+    "accuracy", "f1", "exact_match", "precision", "recall", "top1", "top5", "wer", "cer", "token_accuracy",
+    "masked_accuracy",
+})  # fmt: skip
 
 
 def metric_name(metric: str) -> str:
@@ -17,7 +20,17 @@ def metric_name(metric: str) -> str:
 
 def value(score: Score) -> str:
     """``91.40 %`` or ``0.521`` or ``12.3``."""
-    return f"{score.value:.2%}".replace("%", " %") if score.metric in PERCENT else f"{score.value:.4g}"
+    return shown(score.metric, score.value)
+
+
+def shown(metric: str, amount: float) -> str:
+    """An amount of a metric as `value` writes it."""
+    return f"{amount:.2%}".replace("%", " %") if metric in PERCENT else f"{amount:.4g}"
+
+
+def deviation(metric: str, amount: float) -> str:
+    """A spread without sign: ``0.82 points`` for percentages, else in the metric's own unit."""
+    return f"{100 * amount:.2f} points" if metric in PERCENT else f"{amount:.3g}"
 
 
 def difference(score: Score, reference: Score) -> str:

@@ -66,6 +66,7 @@ class PlanSummary:
             weight_bits=distinct(g.weight_bits for g in plan.gemms),
             input_bits=distinct(g.input_bits for g in plan.gemms),
             accelerated=sum(g.accelerated for g in plan.gemms),
+            attention=" and ".join(distinct(a.sparsity for a in plan.attention)) or None,
         )
 
 
@@ -100,6 +101,31 @@ class Size:
     breakdown: Breakdown
     parameters: int
     nonzeros: int
+
+
+@dataclass(frozen=True)
+class StorageForm:
+    """All matrices of one form in the weight file, together.
+
+    Args:
+        form: ``2:4`` or another N:M, ``bitmap`` (unstructured zeros left out), ``dense``, ``table`` (embeddings).
+        number: ``int8``, ``int4``, ``float16``, ...
+        count: of matrices. weights: zeros included. bytes: of values, indices and bitmaps. scale_bytes: beside them.
+        note: what a reader should know, e.g. that zeros are stored; may be empty.
+    """
+
+    form: str
+    number: str
+    count: int
+    weights: int
+    bytes: int
+    scale_bytes: int
+    note: str
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight of the dense matrix, scales left out (ALGORITHMS F counts so)."""
+        return 8 * self.bytes / self.weights
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ..compress.checkpoint import MANIFEST, check_files, load_manifest
 from ..eval.results import atomic_write_text
 from .card import RESULTS, Card
 from .hub import CARDS, ZOO, write_index
+from .plots import FOLDER, plot_names
 from .render import README, write_card
 from .tables import render_table
 
@@ -25,7 +26,8 @@ class PublishError(ValueError):
 
 
 def publish(folder: str | Path, zoo: str | Path = ZOO) -> Path:
-    """Copy a card, and the checkpoint when the card says ``included``, into ``zoo/cards/<name>``; renew the index.
+    """Copy a card with its plots, and the checkpoint when the card says ``included``, into ``zoo/cards/<name>``; renew
+    the index.
 
     Raises:
         PublishError: weights too large for the repository, or a card that does not belong to the checkpoint.
@@ -48,7 +50,7 @@ def publish(folder: str | Path, zoo: str | Path = ZOO) -> Path:
             )
     target = zoo / CARDS / card.name
     with replaced_folder(target) as fresh:
-        for name in names:
+        for name in [*names, *(f"{FOLDER}/{plot}" for plot in plot_names(folder))]:
             (fresh / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, fresh / name)
         write_card(card, fresh)

@@ -5,11 +5,14 @@ A pure function of the card, so a README.md can always be made again from its re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..eval.results import atomic_write_text
-from . import numbers, sections
+from . import numbers, resource_sections, sections
 from .card import COMPRESSED, Card
+from .plots import plot_names
+from .published_section import published
 from .tables import render_comparison, render_table, render_terminal
 
 __all__ = ["README", "render_card", "render_comparison", "render_table", "render_terminal", "write_card"]
@@ -19,18 +22,27 @@ HUB_SPLITS = {"dev": "validation"}  # where the Hub's data set calls the split o
 HEADER = "<!-- Generated from results.json by `squeezoo card DIR`; edits here are lost. -->"
 
 
-def render_card(card: Card) -> str:
-    """The whole README.md. Parts that the card has nothing to say about are left out."""
+def render_card(card: Card, plots: Sequence[str] = ()) -> str:
+    """The whole README.md. Parts that the card has nothing to say about are left out.
+
+    Args:
+        plots: names of the PNG files in ``plots/`` beside it, as `plots.plot_names` gives them.
+    """
     parts = [
         ("Results", sections.results(card)),
         ("Size", sections.size(card)),
         ("Speed", sections.speed(card)),
+        ("Plots", sections.plots(plots)),
+        ("Loading and memory", resource_sections.loading_and_memory(card)),
+        ("Energy and CO2", resource_sections.energy(card)),
+        ("Other hardware (model)", resource_sections.other_hardware(card)),
         ("How to load", sections.how_to_load(card)),
         ("Recipe and plan", sections.recipe(card)),
         ("Training", sections.training(card)),
+        ("Seeds and trials", resource_sections.trials(card)),
         ("How to reproduce", sections.reproduce(card)),
         ("Limits", sections.limits(card)),
-        ("Published numbers", sections.published(card)),
+        ("Published numbers", published(card)),
         ("Versions", sections.versions(card)),
         ("Licence", sections.licence(card)),
     ]
@@ -39,8 +51,11 @@ def render_card(card: Card) -> str:
 
 
 def write_card(card: Card, folder: str | Path) -> Path:
-    """Write ``results.json`` and ``README.md`` into ``folder``, each whole or not at all; returns the latter's path."""
-    text = render_card(card)
+    """Write ``results.json`` and ``README.md`` into ``folder``, each whole or not at all; returns the latter's path.
+
+    Plots that lie in ``folder/plots`` are shown in it; `plots.write_plots` makes them.
+    """
+    text = render_card(card, plot_names(folder))
     card.save(folder)
     path = Path(folder) / README
     atomic_write_text(path, text)

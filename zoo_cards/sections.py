@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from . import numbers
+from . import resource_sections as resources
 from .card import COMPRESSED, DENSE, Card
+from .plots import FOLDER, PLOTS
 from .tables import Grid, condition, fastest, headline, measured_with, results_grid, size_grid, speed_grid
 
 
@@ -46,7 +48,7 @@ def results(card: Card) -> str:
 
 def size(card: Card) -> str:
     size, part = card.size, card.size.breakdown
-    return (
+    text = (
         f"{size_grid(card).markdown()}\n\n"
         "Paper size counts as the papers do: kept values and their indices in the GEMMs of the transformer blocks and "
         "of the final projection; no scales, no embeddings. Files on disk count everything: "
@@ -55,17 +57,26 @@ def size(card: Card) -> str:
         f"configuration, tokenizer). {size.nonzeros:,} of {size.parameters:,} parameters are not zero "
         f"({size.nonzeros / size.parameters:.1%})."
     )
+    forms = resources.storage(card)
+    return f"{text}\n\n{forms}" if forms else text
 
 
 def speed(card: Card) -> str:
+    generation = resources.decode(card)
     if not card.speeds:
-        return headline(card.speeds)
+        return "\n\n".join(filter(None, (headline(card.speeds), generation)))
     repeats = sorted({speed.repeats for speed in card.speeds})
-    return (
+    text = (
         f"{headline(card.speeds)}\n\n{speed_grid(card).markdown()}\n\n{measured_with(card.speeds)} "
         f"Median milliseconds per batch of {' or '.join(map(str, repeats))} calls, dense and compressed in turn in one "
         "process; in brackets the 10th to 90th percentile."
     )
+    return f"{text}\n\n{generation}" if generation else text
+
+
+def plots(names: Sequence[str]) -> str:
+    """Pictures that lie in ``plots/`` beside the card, each with what it shows."""
+    return "\n\n".join(f"![{PLOTS[name]}]({FOLDER}/{name})\n\n{PLOTS[name]}" for name in names)
 
 
 def how_to_load(card: Card) -> str:
@@ -138,18 +149,6 @@ def limits(card: Card) -> str:
     return "\n".join(f"- {limit}" for limit in card.limits)
 
 
-def published(card: Card) -> str:
-    if not card.published:
-        return ""
-
-    def show(number: float | None) -> str:
-        return "-" if number is None else f"{number:g}"
-
-    rows = [[p.source, p.metric, show(p.dense), show(p.compressed), p.note] for p in card.published]
-    grid = Grid(["source", "metric", "published dense", "published compressed", "note"], rows, left=5)
-    return f"As printed by their authors: **published, not measured here**.\n\n{grid.markdown()}"
-
-
 def versions(card: Card) -> str:
     found: dict[str, dict[str, None]] = {}
     for libraries in [*(row.score.libraries for row in card.scores), *(speed.libraries for speed in card.speeds)]:
@@ -160,7 +159,8 @@ def versions(card: Card) -> str:
         f"squeezoo {card.squeezoo}" + (f" (commit `{card.code}`)" if card.code else "") + f", measured on {card.date}"
     )
     shown = ", ".join(f"{name} {' and '.join(found[name])}" for name in sorted(found))
-    return f"{text} with {shown}." if shown else f"{text}."
+    text = f"{text} with {shown}." if shown else f"{text}."
+    return " ".join(filter(None, (text, resources.machine(card))))
 
 
 def licence(card: Card) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from .card import Breakdown, Size
+from .card import Breakdown, Size, StorageForm
 
 
 def measure_size(checkpoint: str | Path, dense: str | Path) -> Size:
@@ -66,6 +66,41 @@ def measure_size(checkpoint: str | Path, dense: str | Path) -> Size:
         parameters=sum(tensor.numel() for tensor in state.values()),
         nonzeros=sum(int(tensor.count_nonzero()) for tensor in state.values()),
     )
+
+
+def measure_storage(checkpoint: str | Path) -> tuple[StorageForm, ...]:
+    """How the matrices of a checkpoint lie in its weight file: one entry per form, in the order of the plan, then its
+    integer embedding tables.
+
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+    """
+    from safetensors.torch import load_file
+
+    from ..compress.checkpoint import WEIGHTS, check_files, load_manifest
+    from ..compress.pack import forms
+
+    folder = Path(checkpoint)
+    manifest = load_manifest(folder)
+    check_files(folder, manifest)
+    tensors = load_file(folder / WEIGHTS)
+
+    def size(name: str) -> int:
+        return tensors[name].numel() * tensors[name].element_size() if name in tensors else 0
+
+    sums: dict[tuple[str, str, str], list[int]] = {}
+    for form in forms(tensors, manifest.plan):
+        counts = (1, form.weights, form.bytes, size(f"{form.name}.scale"))
+        entry = sums.setdefault((form.form, form.number, form.note), [0, 0, 0, 0])
+        entry[:] = [before + more for before, more in zip(entry, counts)]
+    found = [
+        StorageForm(form, number, count, weights, size_, scales, note)
+        for (form, number, note), (count, weights, size_, scales) in sums.items()
+    ]
+    for table in manifest.plan.embeddings:
+        values, scales = size(f"{table.name}.values"), size(f"{table.name}.scale")
+        found.append(StorageForm("table", f"int{table.bits}", 1, table.rows * table.width, values, scales, table.name))
+    return tuple(found)
 
 
 def _dense_files(folder: Path) -> tuple[int, str]:

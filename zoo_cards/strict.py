@@ -36,6 +36,17 @@ def record_from(cls: type[Record], data: Any, place: str = "") -> Record:
     return cls(**{key: _value(kinds[key], data[key], f"{place}.{key}" if place else key) for key in known})
 
 
+def plain(record: Any) -> Any:
+    """The inverse of `record_from`: records, mappings and tuples as JSON data; a record's own ``to_dict`` is used."""
+    if hasattr(record, "to_dict"):
+        return plain(record.to_dict())
+    if is_dataclass(record) and not isinstance(record, type):
+        return {field.name: plain(getattr(record, field.name)) for field in fields(record)}
+    if isinstance(record, Mapping):
+        return {str(key): plain(value) for key, value in record.items()}
+    return [plain(value) for value in record] if isinstance(record, list | tuple) else record
+
+
 def _value(kind: Any, data: Any, place: str) -> Any:
     """``data`` as a value of the annotation ``kind``: the few forms that records here use."""
     origin, arguments = get_origin(kind), get_args(kind)
@@ -53,6 +64,12 @@ def _value(kind: Any, data: Any, place: str) -> Any:
         if len(kinds) != len(data):
             raise ValueError(f"{place}: expected {len(kinds)} values, found {len(data)}")
         return tuple(_value(k, value, f"{place}[{i}]") for i, (k, value) in enumerate(zip(kinds, data)))
+    if origin is Mapping:
+        if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
+            raise ValueError(f"{place}: expected an object, found {data!r}")
+        return {key: _value(arguments[1], value, f"{place}.{key}") for key, value in data.items()}
+    if kind is Any:
+        return data
     if is_dataclass(kind):
         if hasattr(kind, "from_dict"):
             try:

@@ -40,8 +40,8 @@ class _LsqFakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             # s * e of the paper: x_q - x inside; x_q = +-Qp * s where clipped.
             inside = torch.ops.aten.hardtanh_backward(x, v, -bound, bound)
-            error = torch.sub(x_q, inside, out=inside).mul_(g)
-            ds = (error.sum_to_size(ctx.scale_shape) * (ctx.grad_factor / s)).to(ctx.scale_dtype)
+            minus_error = inside.sub_(x_q).mul_(g)  # in place; torch.compile takes no ``out=`` of a transposed tensor
+            ds = (minus_error.sum_to_size(ctx.scale_shape) * (-ctx.grad_factor / s)).to(ctx.scale_dtype)
         return dx, ds, None, None
 
 

@@ -1,8 +1,9 @@
-"""The CPU runtime: puts int8 modules in the place of a model's quantized GEMMs, on PyTorch's oneDNN operators.
+"""The CPU runtime: puts int8 modules in the place of a model's quantized GEMMs, on native kernels or PyTorch's oneDNN.
 
-Three things make it faster than one kernel per matrix: GEMMs that read the same tensor (Q, K, V) run as one and
+Four things make it faster than one kernel per matrix: GEMMs that read the same tensor (Q, K, V) run as one and
 quantize it once; the first FFN matrix applies the activation and emits the integers that the second one reads; nothing
-is packed or converted at a call.
+is packed or converted at a call; and where the native kernels run, an encoder block with its attention, residuals and
+norms is one call.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from ...models.adapter import Gemm, Sites
 from ..quantizers import InputQuantization
-from .int8_linear import Activation, Int8Gemm, Int8Linear, Int8Slice, SharedInput
+from .int8_gemm import Activation, Int8Gemm
+from .int8_linear import Int8Linear, Int8Slice, SharedInput
 from .levels import Levels, to_levels
+from .native.fuse import fuse_blocks_
 from .reference import QuantizedGemm, planned_gemms
 
 # Roles that read the same tensor, in the order of the rows of their common GEMM.
@@ -38,11 +41,12 @@ _ACTIVATIONS: dict[tuple[str, str], Activation] = {
 @dataclass(frozen=True)
 class Int8Report:
     """What was put in: names of the GEMMs that run alone, that run as one with others, and that are fused with the
-    activation between them (pairs of first and second)."""
+    activation between them (pairs of first and second); and of the blocks that run as one native call."""
 
     single: tuple[str, ...]
     shared: tuple[tuple[str, ...], ...]
     fused: tuple[tuple[str, str], ...]
+    blocks: tuple[str, ...] = ()
 
 
 @cache
@@ -67,7 +71,9 @@ def int8_supported() -> tuple[bool, str]:
     return True, f"oneDNN int8 with {vnni}"
 
 
-def use_int8_(model: nn.Module, sites: Sites, gemms: Mapping[str, QuantizedGemm]) -> Int8Report:
+def use_int8_(
+    model: nn.Module, sites: Sites, gemms: Mapping[str, QuantizedGemm], fuse_blocks: bool = True
+) -> Int8Report:
     """Replace the named GEMM modules of ``model`` by int8 modules, in place, and leave it in evaluation mode.
 
     Names of modules stay (``...attention.self.query``), parameters go: the result is for inference on this CPU, gives
@@ -78,6 +84,7 @@ def use_int8_(model: nn.Module, sites: Sites, gemms: Mapping[str, QuantizedGemm]
     Args:
         sites: of this very model, found before.
         gemms: by module name; block GEMMs and ``sites.final``, all or some of them.
+        fuse_blocks: run whole encoder blocks as one native call, where native kernels and the adapter's form allow it.
 
     Raises:
         ValueError: see :func:`planned_gemms`. Nothing has been changed then.
@@ -107,10 +114,12 @@ def use_int8_(model: nn.Module, sites: Sites, gemms: Mapping[str, QuantizedGemm]
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
     model.eval()
+    blocks = fuse_blocks_(model, sites) if fuse_blocks and pairs else ()
     return Int8Report(
         single=tuple(gemm.name for gemm in single),
         shared=tuple(tuple(gemm.name for gemm in group) for group in shared),
         fused=tuple((ffn.up.name, ffn.down.name) for ffn in fused),
+        blocks=blocks,
     )
 
 

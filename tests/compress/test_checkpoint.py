@@ -202,7 +202,7 @@ def test_uncalibrated_quantizers_are_not_saved(tmp_path):
 
 def test_an_unknown_or_impossible_backend(tmp_path):
     folder = saved(tmp_path / "c")
-    with pytest.raises(CheckpointError, match="unknown backend 'fast'; allowed: auto, int8, reference, dense"):
+    with pytest.raises(CheckpointError, match="unknown backend 'fast'; allowed: auto, int8, cuda, reference, dense"):
         load(folder, backend="fast")
     with pytest.raises(CheckpointError, match="runs on the CPU, not on cuda"):
         load(folder, backend="int8", device="cuda")

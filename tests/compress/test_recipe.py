@@ -121,7 +121,9 @@ def test_overrides_reach_every_training_stage_and_are_checked():
     recipe = Recipe.load("gpusq-gemm-int8").override(epochs=1, learning_rate=1e-3, seed=7)
     assert recipe.seed == 7
     assert [(s.epochs, s.learning_rate) for s in recipe.stages if isinstance(s, Finetune)] == [(1, 1e-3)] * 2
-    with pytest.raises(RecipeError, match="cannot override 'lr'; allowed: seed, permute_channels, attention, batch_size"):
+    with pytest.raises(
+        RecipeError, match="cannot override 'lr'; allowed: seed, permute_channels, attention, batch_size"
+    ):
         recipe.override(lr=1)
     with pytest.raises(RecipeError, match="epochs"):
         recipe.override(epochs=0)

@@ -12,8 +12,9 @@ import tiny
 import torch
 from gemms import DYNAMIC, TOY, Toy, asymmetric, needs_int8, quantize, random_gemm, symmetric
 from squeezoo.compress.quantizers import InputQuantization
-from squeezoo.compress.runtime import QuantizedGemm, cpu, int8_supported, use_int8_, use_reference_
-from squeezoo.compress.runtime.int8_linear import Int8Gemm, Int8Linear, Int8Slice
+from squeezoo.compress.runtime import QuantizedGemm, cpu, int8_supported, native, use_int8_, use_reference_
+from squeezoo.compress.runtime.int8_gemm import Int8Gemm, Kernel
+from squeezoo.compress.runtime.int8_linear import Int8Linear, Int8Slice
 from squeezoo.compress.runtime.levels import Levels, to_levels
 from squeezoo.models import all_adapters
 from squeezoo.models.adapter import Adapter, AttentionSite, GemmSite, find_sites
@@ -31,7 +32,11 @@ def _one_thread_without_gradients() -> Iterator[None]:
 
 
 def toy(
-    activation: nn.Module, input_scale: float = 0.03, next_scale: float = 0.02, down: InputQuantization | None = None
+    activation: nn.Module,
+    input_scale: float = 0.03,
+    next_scale: float = 0.02,
+    down: InputQuantization | None = None,
+    kernel: Kernel | None = None,
 ) -> tuple[Toy, Toy, cpu.Int8Report]:
     """The same random FFN as int8 and as reference. ``down``: levels of the second matrix's input."""
     torch.manual_seed(0)
@@ -43,6 +48,10 @@ def toy(
         "blocks.0.down": random_gemm(20, 36, 2, name="blocks.0.down", input=down or symmetric(next_scale)),
     }
     report = use_int8_(fast, find_sites(fast, TOY), gemms)
+    if kernel is not None:
+        for module in fast.modules():
+            if isinstance(module, Int8Linear):
+                module.gemm.kernels = ((1 << 40, kernel),)
     use_reference_(slow, find_sites(slow, TOY), gemms)
     return fast, slow, report
 
@@ -60,21 +69,28 @@ def assert_equal_but_for_flips(fast: Tensor, slow: Tensor, gemm: Int8Gemm, share
 ACTIVATIONS = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh"), "relu": nn.ReLU()}
 
 
+KERNELS = [
+    "plain",
+    "packed",
+    pytest.param("native", marks=pytest.mark.skipif(not native.available()[0], reason=native.available()[1])),
+]
+
+
 @needs_int8
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("rows", [1, 9, 700])
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_the_activation_is_fused_between_the_ffn_matrices(name: str, rows: int) -> None:
-    """Expected: the reference. Levels may differ from it by one, only where a value lies at a rounding boundary; 700
-    rows take the packed kernel, fewer the plain one."""
-    fast, slow, report = toy(ACTIVATIONS[name])
+def test_the_activation_is_fused_between_the_ffn_matrices(name: str, rows: int, kernel: Kernel) -> None:
+    """Expected: the reference. Levels may differ from it by one, only where a value lies at a rounding boundary."""
+    fast, slow, report = toy(ACTIVATIONS[name], kernel=kernel)
     assert report == cpu.Int8Report((), (), (("blocks.0.up", "blocks.0.down"),))
     up, down = fast.blocks[0].up, fast.blocks[0].down
     assert type(fast.blocks[0].act) is nn.Identity
     x = torch.randn(rows, 20)
     h = slow.blocks[0].act(slow.blocks[0].up(x))
     levels = up(x)
-    assert levels.dtype == (torch.uint8 if rows == 700 else torch.int8)
-    signed = levels.long() - (128 if rows == 700 else 0)
+    assert levels.dtype == (torch.int8 if kernel == "plain" else torch.uint8)
+    signed = levels.long() - (0 if kernel == "plain" else 128)
     expected = to_levels(h, Levels.of(symmetric(0.02), h), signed=True).long()
     assert rows == 1 or expected.unique().numel() > 20
     assert (signed - expected).abs().max() <= 1
@@ -84,14 +100,14 @@ def test_the_activation_is_fused_between_the_ffn_matrices(name: str, rows: int) 
 
 
 @needs_int8
-@pytest.mark.parametrize("rows", [9, 700])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
-def test_a_tiny_step_after_gelu_never_gives_level_minus_128(name: str, rows: int) -> None:
+def test_a_tiny_step_after_gelu_never_gives_level_minus_128(name: str, kernel: Kernel) -> None:
     """GELU reaches -0.17: with a step of 0.0005 that is below -127 levels, where uint8 would hold -128."""
-    fast, slow, _ = toy(ACTIVATIONS[name], next_scale=0.0005)
-    x = torch.randn(rows, 20)
+    fast, slow, _ = toy(ACTIVATIONS[name], next_scale=0.0005, kernel=kernel)
+    x = torch.randn(99, 20)
     levels = fast.blocks[0].up(x)
-    assert int(levels.min()) == (1 if rows == 700 else -127)
+    assert int(levels.min()) == (-127 if kernel == "plain" else 1)
     assert_equal_but_for_flips(fast(x), slow(x), fast.blocks[0].down.gemm)
 
 
@@ -99,15 +115,15 @@ FEW = {"minmax": asymmetric(0.005, 20), "pact4": asymmetric(0.2, 2, bits=4), "ls
 
 
 @needs_int8
-@pytest.mark.parametrize("rows", [9, 700])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("down", FEW.values(), ids=FEW)
-def test_the_fused_ffn_emits_levels_of_any_kind(down: InputQuantization, name: str, rows: int) -> None:
+def test_the_fused_ffn_emits_levels_of_any_kind(down: InputQuantization, name: str, kernel: Kernel) -> None:
     """Expected: the reference, and no level outside those of the second matrix's input."""
-    fast, slow, report = toy(ACTIVATIONS[name], down=down)
+    fast, slow, report = toy(ACTIVATIONS[name], down=down, kernel=kernel)
     assert report.fused
-    x = torch.randn(rows, 20)
-    levels = fast.blocks[0].up(x).long() + (0 if rows == 700 else 128)
+    x = torch.randn(99, 20)
+    levels = fast.blocks[0].up(x).long() + (128 if kernel == "plain" else 0)
     assert levels.min() >= (0 if down.qmin == 0 else 128 + down.qmin)
     assert levels.max() == (down.qmax if down.qmin == 0 else 128 + down.qmax)
     assert_equal_but_for_flips(fast(x), slow(x), fast.blocks[0].down.gemm)
@@ -336,7 +352,6 @@ def test_inexact_or_missing_operators_are_not_supported(monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(Int8Gemm, "_run_plain", saturating)
         patch.setattr(Int8Gemm, "_run_packed", saturating)
-        patch.setattr(Int8Gemm, "_pack", lambda self: None)
         assert int8_supported.__wrapped__() == (
             False,
             f"PyTorch {torch.__version__}: the int8 operators do not add up exactly on this CPU",

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gemms import DYNAMIC, asymmetric, exact, inputs, needs_int8, random_gemm, ready, symmetric
+from gemms import DYNAMIC, asymmetric, exact, inputs, needs_int8, random_gemm, symmetric
+from gemms import ready as ready_by_rule
 from squeezoo.compress.quantizers import InputQuantization
-from squeezoo.compress.runtime import QuantizedGemm, cpu, int8_linear
+from squeezoo.compress.runtime import QuantizedGemm, cpu, int8_gemm, native
 from squeezoo.compress.runtime.inputs import step_of
-from squeezoo.compress.runtime.int8_linear import Int8Gemm, prefers_plain
+from squeezoo.compress.runtime.int8_gemm import Int8Gemm, Kernel, prefers_plain
 from squeezoo.compress.runtime.levels import Levels, to_levels, to_levels_by_arithmetic
 from torch import Tensor, nn
 
@@ -33,6 +34,21 @@ def _one_thread_without_gradients() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+KERNELS = [
+    "plain",
+    "packed",
+    pytest.param("native", marks=pytest.mark.skipif(not native.available()[0], reason=native.available()[1])),
+]
+
+
+def ready(gemm: QuantizedGemm, kernel: Kernel | None = None) -> Int8Gemm:
+    """As the runtime has it, by one kernel for any number of rows, or by the built-in rule."""
+    fast = ready_by_rule(gemm)
+    if kernel is not None:
+        fast.kernels = ((1 << 40, kernel),)
+    return fast
+
+
 # --- one GEMM -------------------------------------------------------------------------------------------------------
 
 
@@ -40,9 +56,12 @@ SHAPES = [(1, 5, 3), (1, 96, 64), (4, 7, 2), (17, 33, 10), (9, 64, 1), (40, 100,
 
 
 @needs_int8
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("rows", "in_features", "out_features"), SHAPES)
-def test_a_gemm_equals_exact_integer_arithmetic(rows: int, in_features: int, out_features: int, bias: bool) -> None:
+def test_a_gemm_equals_exact_integer_arithmetic(
+    rows: int, in_features: int, out_features: int, bias: bool, kernel: Kernel
+) -> None:
     """Expected: the definition in int64. Every scale is a power of two and the sums stay below 2^24, so float32 is
     exact: all bits must agree, odd shapes and saturated inputs included."""
     gemm = random_gemm(out_features, in_features, bias=bias)
@@ -50,24 +69,22 @@ def test_a_gemm_equals_exact_integer_arithmetic(rows: int, in_features: int, out
     assert (x / 0.25).abs().max() > 128
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        y = ready(gemm)(x)
+        y = ready(gemm, kernel)(x)
         assert y.dtype == torch.float32
         assert torch.equal(y.double(), exact(gemm, x))
 
 
 @needs_int8
-@pytest.mark.parametrize("run", ["_run_plain", "_run_packed"])
-def test_both_kernels_are_exact_at_the_largest_sums(run: str) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_is_exact_at_the_largest_sums(kernel: Kernel) -> None:
     """Expected: 127 * 127 * K, the sum that saturates 16-bit intermediates on CPUs without VNNI (K = 1024: exact)."""
     weight_OI = torch.full((40, 1024), 127, dtype=torch.int8)
     weight_OI[1::2] = -127
     gemm = Int8Gemm(weight_OI, torch.ones(40), None, symmetric(1.0))
     for sign in (1, -1):
         x = torch.full((20, 1024), sign * 999.0)
-        levels = Levels.of(gemm.input, x)
-        level_TI = to_levels(x, levels, signed=run == "_run_plain")
         expected_O = torch.tensor([1.0, -1.0]).repeat(20) * (sign * 127 * 127 * 1024)
-        assert torch.equal(getattr(gemm, run)(level_TI, levels, None), expected_O.expand(20, 40))
+        assert torch.equal(gemm.run_with(kernel, x), expected_O.expand(20, 40))
 
 
 INPUTS = {
@@ -83,17 +100,20 @@ INPUTS = {
 
 
 @needs_int8
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("rows", [1, 17, 300])
 @pytest.mark.parametrize("found", INPUTS.values(), ids=INPUTS)
-def test_zero_points_and_few_bits_equal_exact_integer_arithmetic(found: InputQuantization, rows: int) -> None:
+def test_zero_points_and_few_bits_equal_exact_integer_arithmetic(
+    found: InputQuantization, rows: int, kernel: Kernel
+) -> None:
     """Expected: the definition in int64, saturated inputs included, and ties where the zero point is even (PyTorch adds
-    an odd one before it rounds half to even); weights down to -128, as PyTorch's dynamic quantization has them. 300
-    rows take the packed kernel, fewer the plain one."""
+    an odd one before it rounds half to even, the native kernel does not); weights down to -128, as PyTorch's dynamic
+    quantization has them."""
     gemm = random_gemm(96, 40, input=found)
     gemm.weight_q_OI[::3, ::5] = -128
-    odd = found.qmin == 0 and bool(found.zero_point and found.zero_point % 2)
+    odd = kernel != "native" and found.qmin == 0 and bool(found.zero_point and found.zero_point % 2)
     x = inputs(rows, 40) + (1 / 64 if odd else 0)
-    y = ready(gemm)(x)
+    y = ready(gemm, kernel)(x)
     assert torch.equal(y.double(), exact(gemm, x))
     levels = to_levels(x, Levels.of(found, x), signed=False)
     assert levels.min() == (0 if found.qmin == 0 else 128 + found.qmin) or rows == 1
@@ -121,10 +141,11 @@ def test_dynamic_inputs_match_pytorch() -> None:
 
 
 @needs_int8
-@pytest.mark.parametrize("rows", [1, 9, 300])
-def test_dynamic_inputs_take_their_range_from_each_call(rows: int) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("rows", [1, 9, 60])
+def test_dynamic_inputs_take_their_range_from_each_call(rows: int, kernel: Kernel) -> None:
     """Expected: the exact result for the range of this very input; all positive and all zero inputs included."""
-    fast = ready(random_gemm(96, 40, input=DYNAMIC))
+    fast = ready(random_gemm(96, 40, input=DYNAMIC), kernel)
     noise = torch.randn(2, rows, 40, generator=torch.Generator().manual_seed(3))  # no input between two levels
     for x in (noise[0], noise[1] * 100, noise[0].abs() + 3, -noise[1].abs(), torch.zeros(rows, 40)):
         scale, zero_point = step_of(x, DYNAMIC)
@@ -137,8 +158,15 @@ def test_dynamic_inputs_take_their_range_from_each_call(rows: int) -> None:
         fast(torch.full((rows, 40), float("nan")))
 
 
-def test_both_kernels_are_used() -> None:
-    """The shapes above reach both sides of the choice; else half of the runtime would go untested."""
+def test_the_choice_of_kernel() -> None:
+    """By the table where there is one: its last entry serves all larger numbers of rows. Else native, or by rule."""
+    gemm = ready(random_gemm(96, 40))
+    gemm.kernels = ((1, "plain"), (64, "native"), (512, "packed"))
+    chosen = [gemm.kernel_for(rows) for rows in (0, 1, 2, 64, 65, 512, 513, 99_999)]
+    assert chosen == ["plain", "plain", "native", "native", "packed", "packed", "packed", "packed"]
+    gemm.kernels = None
+    assert gemm.kernel_for(9) == gemm.candidates()[0] if native.available()[0] else "plain"
+    assert {"plain", "packed"} <= set(gemm.candidates())
     assert {prefers_plain(rows, o, i, False) for rows, i, o in SHAPES} == {True, False}
     assert prefers_plain(1, 4096, 4096, True)
     assert not prefers_plain(1024, 384, 384, False)
@@ -181,10 +209,11 @@ def test_levels_of_views() -> None:
 
 
 @needs_int8
-def test_any_leading_dimensions_and_strides() -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_any_leading_dimensions_and_strides(kernel: Kernel) -> None:
     """Expected: the definition; [I], [B, I], [B, L, I], an empty batch, transposed, sliced and expanded inputs."""
     gemm = random_gemm(24, 20)
-    fast = ready(gemm)
+    fast = ready(gemm, kernel)
     x = inputs(3, 6, 20)
     views = [x, x[0, 0], x[0], x[:, :1], x[:0], x[:, :0], x.transpose(0, 1), x[::2, 1:], inputs(20, 5).t()]
     for view in [*views, inputs(2, 6, 40)[..., ::2], x[:1].expand(4, 6, 20), inputs(2, 20, 3, 5).permute(0, 2, 3, 1)]:
@@ -229,7 +258,7 @@ def test_gelu_bounds() -> None:
     """The lower bounds that spare a pass over the result: the true minima, found on a fine grid."""
     x = torch.linspace(-3, 3, 600_001, dtype=torch.float64)
     minima = {"gelu": F.gelu(x).min(), "gelu_tanh": F.gelu(x, approximate="tanh").min(), "relu": F.relu(x).min()}
-    for name, (_, _, smallest) in int8_linear._POST_OPS.items():
+    for name, (_, _, smallest) in int8_gemm._POST_OPS.items():
         if name is not None:
             assert smallest <= float(minima[name]) <= smallest + 2e-4
 

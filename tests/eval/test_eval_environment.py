@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 from pathlib import Path
@@ -18,6 +19,8 @@ def test_environment_names_this_machine() -> None:
     assert json.loads(json.dumps(report)) == report
     assert report["libraries"]["torch"] == torch.__version__
     assert "squeezoo" in report["libraries"]
+    for name in ("rouge-score", "sacrebleu", "tokenizers", "jiwer", "seqeval", "soundfile", "pillow"):
+        assert report["libraries"][name] == importlib.metadata.version(name)
     assert report["cpu"]["threads"] == torch.get_num_threads()
     assert report["cpu"]["name"] in environment.device_name("cpu")
     assert len(report["gpus"]) == torch.cuda.device_count()

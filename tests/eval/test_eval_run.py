@@ -148,11 +148,12 @@ def test_images_are_complete_unless_limited() -> None:
     """digits has 362 test rows; the model itself says its image size."""
     model = TINY["timm_vit"]()
     model.head = nn.Linear(32, 10)
-    (whole,) = evaluate(model, "digits", None)
+    whole, top5 = evaluate(model, "digits", None)
+    assert (whole.metric, top5.metric) == ("accuracy", "top5")
     assert (whole.samples, whole.complete, whole.settings) == (362, True, {})
-    (part,) = evaluate(model, "digits", None, limit=50)
+    part, _ = evaluate(model, "digits", None, limit=50)
     assert (part.samples, part.complete) == (50, False)
-    assert evaluate(model, "digits", None, limit=10_000) == (whole,)
+    assert evaluate(model, "digits", None, limit=10_000) == (whole, top5)
 
 
 def test_sample_is_fixed_and_nested() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +53,24 @@ def test_torch_compile_runs_an_attached_model(name: str) -> None:
     compiled = torch.compile(lambda batch: logits(model, batch), backend="aot_eager")
     batch = tiny.tiny_batch(name)
     torch.testing.assert_close(compiled(batch), logits(model, batch), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles with g++")
+@pytest.mark.parametrize("name", ["bert", "timm_vit", "gpt2"])
+def test_inductor_takes_an_attached_model_as_one_graph(name: str) -> None:
+    """The default backend of torch.compile: no graph break, outputs and gradients as in eager mode."""
+    model = pruned(name, GPUSQ)
+    batch = tiny.tiny_batch(name)
+    compiled = torch.compile(lambda batch: logits(model, batch), fullgraph=True)
+    found, wanted = compiled(batch), logits(model, batch)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    weights = list(model.parameters())
+    grads = [torch.autograd.grad(y.square().mean(), weights, allow_unused=True) for y in (found, wanted)]
+    for one, other in zip(*grads):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)  # int8 steps amplify rounding
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])

@@ -55,7 +55,7 @@ def test_a_one_shot_image_card_survives_too(new_card: NewCard, new_score: NewSco
         (lambda d: d["data"][0].update(image=[1, 8]), r"data\[0\].image: expected 3 values, found 2"),
         (lambda d: d.update(weights="elsewhere"), "weights: expected one of 'included', 'reproducible'"),
         (lambda d: d.update(commands="make"), "commands: expected a list, found 'make'"),
-        (lambda d: d.update(format=2), "expected format 1, found 2"),
+        (lambda d: d.update(format=3), "expected format 1 or 2, found 3"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_place(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -100,13 +101,17 @@ def test_never_slower_is_claimed_only_when_true(new_card: NewCard, new_speed: Ne
 
 
 def test_published_numbers_stand_apart(card: Card, new_card: NewCard) -> None:
-    """Source: the fixture's published row appears in its own section only, and no section without one."""
+    """Source: the fixture's own published row, and Table 1 of Yu et al. 2023 (BERT-base, SST-2: 93.5, GPUSQ-TLM_GEMM
+    95.3), stand in their section only; none for a task that no paper has."""
     text = render_card(card)
     before, _, section = text.partition("## Published numbers")
-    assert "published, not measured here" in section
-    assert "| 93.5 | 95.3 | GLUE test server |" in section
+    assert "| SST-2 accuracy, BERT-base | 93.5 | 95.3 | GLUE test server |" in section
+    assert "| 91.74 | 91.40 | 93.5 | 95.3 |" in section  # measured dense and compressed, then published
+    assert "**of another model of the same family**" in section
+    assert "[16] GLUE columns of the BERT rows are test-server numbers" in section
     assert "95.3" not in before
-    assert "Published" not in render_card(new_card(published=()))
+    assert "Published" not in render_card(new_card(published=(), recipe=replace(card.recipe, name="dense"),
+                                                   name="minilm-l6.sst2.dense"))  # fmt: skip
 
 
 def test_loading_tells_whether_the_weights_are_there(new_card: NewCard) -> None:

@@ -18,10 +18,10 @@ from squeezoo.compress.finetune import TrainData
 from squeezoo.compress.plan import make_plan
 from squeezoo.compress.recipe import Recipe
 from squeezoo.models.dense import Dense, save_dense
-from squeezoo.zoo_cards.card import Breakdown, Card
+from squeezoo.zoo_cards.card import Breakdown, Card, Size, StorageForm
 from squeezoo.zoo_cards.datasets import describe_task
 from squeezoo.zoo_cards.render import render_card
-from squeezoo.zoo_cards.sizes import measure_size
+from squeezoo.zoo_cards.sizes import measure_size, measure_storage
 from tiny import TINY, tiny_batch
 
 # Tiny ViT: 2 blocks of [96, 32] + [32, 32] + [64, 32] + [32, 64] = 8,192 weights, and a head of [3, 32] = 96.
@@ -118,10 +118,32 @@ def test_every_format_weighs_what_its_formula_and_its_file_say(kind: str, tmp_pa
     tensors = load_file(tmp_path / "c" / "weights.safetensors").values()
     weights = (tmp_path / "c" / "weights.safetensors").stat().st_size
     assert weights == header + sum(t.numel() * t.element_size() for t in tensors)
+    check_storage(kind, measure_storage(tmp_path / "c"), size)
     if kind == "int4":
         assert size.breakdown.scales == 2 * 4 * (3 + 1 + 1 + 1)  # Q, K, V and three others a block
     elif "weight" in changes:
         assert size.breakdown.scales == 2 * 4 * (96 + 32 + 64 + 32)
+
+
+SHOWN = {  # form and number that a reader sees; note
+    "int4 2:4": ("2:4", "int4", ""), "int8 1:4": ("1:4", "int8", ""), "int8 2:16": ("2:16", "int8", ""),
+    "int3": ("dense", "int3", ""), "int4": ("dense", "int4", ""), "75%": ("bitmap", "float16", ""),
+    "75% int8": ("bitmap", "int8", ""),
+    "5% int8": ("dense", "int8", "5% zeros, stored like other values: a bitmap would not be smaller"),
+}  # fmt: skip
+
+
+def check_storage(kind: str, storage: tuple[StorageForm, ...], size: Size) -> None:
+    """Source: the format's name, the 8 matrices of the blocks, and the breakdown of the same file."""
+    (form,) = storage
+    assert (form.form, form.number, form.note) == SHOWN[kind]
+    assert (form.count, form.weights) == (8, BLOCKS)
+    assert form.bytes == size.breakdown.values + size.breakdown.indices
+    assert form.scale_bytes == size.breakdown.scales  # inputs are not quantized in these
+    assert form.bits == pytest.approx(8 * form.bytes / BLOCKS)
+    if kind in ("int4 2:4", "int8 1:4", "int8 2:16", "int3", "int4"):
+        bits = {"int4 2:4": 3, "int8 1:4": 2.5, "int8 2:16": 1.5, "int3": 3, "int4": 4}  # ALGORITHMS F: N (b + i) / M
+        assert form.bits == bits[kind]
 
 
 def test_no_dense_weights_is_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,135 @@
+"""``make bench-cpu``: squeezed models against dense float32 and the int8 peers on this CPU, interleaved in one run.
+
+Every cell (model, batch, size) is written to ``results/cpu-<environment>.json`` as soon as it is measured; a second run
+measures only what is missing or stale. ``python -m squeezoo.bench_cpu --help`` lists what can be chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from .bench_models import BenchModel, samples_of, squeeze
+from .bench_run import ROOT, Job, parse_arguments, run, say
+from .eval.peers import Peer, PeerError, disagreement, write_batch, write_model
+from .eval.rounds import Call
+from .models.dense import logits
+
+EAGER, OURS = "eager fp32", "squeezoo"
+DYNAMIC = {"torch dynamic int8 (onednn)": "onednn", "torch dynamic int8 (x86)": "x86"}
+PEERS = {"OpenVINO NNCF int8": "openvino", "ONNX Runtime int8": "onnxruntime"}
+PEER_LABELS = (*DYNAMIC, *PEERS, "OpenVINO NNCF int8, this shape")
+PEER_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+
+
+class CpuBench:
+    """One model on every engine of a CPU."""
+
+    def __init__(self, dense: nn.Module, model: BenchModel, settings: argparse.Namespace) -> None:
+        self.failed: dict[str, str] = {}
+        self._stack = ExitStack()
+        samples = samples_of(dense, model.sizes[0])
+        self.models: dict[str, nn.Module] = {EAGER: dense}
+        self.models[OURS] = squeeze(dense, samples).build("int8")
+        for name, engine in DYNAMIC.items():
+            try:
+                self.models[name] = dynamic(dense, engine)
+            except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+                self.failed[name] = str(error).splitlines()[0]
+        self.peers: dict[str, Peer] = {}
+        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        if not settings.no_peers:
+            self._start_peers(dense, samples)
+
+    def _start_peers(self, dense: nn.Module, samples: list[dict[str, Tensor]]) -> None:
+        if not PEER_PYTHON.is_file():
+            self.failed |= dict.fromkeys(PEERS, f"no environment {PEER_PYTHON.parents[1].name}: run `make peers`")
+            return
+        class_name = write_model(dense, self._folder / "model")
+        files = [write_batch(sample, self._folder / f"sample{i}.safetensors") for i, sample in enumerate(samples)]
+        for name, engine in PEERS.items():
+            peer = Peer(PEER_PYTHON, engine, torch.get_num_threads(), self._folder)
+            self._stack.callback(peer.close)
+            try:
+                say(f"  {name} quantizes")
+                peer.prepare(self._folder / "model", class_name, files)
+                self.peers[name] = peer
+            except PeerError as error:
+                self.failed[name] = str(error)
+
+    def __enter__(self) -> CpuBench:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.models.clear()
+        self._stack.close()
+
+    @torch.inference_mode()
+    def calls(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Call], dict[str, str]]:
+        """See `Bench`."""
+        unable: dict[str, str] = {}
+        calls: dict[str, Call] = {}
+        self._outputs: dict[str, Tensor] = {}
+        for name, model in self.models.items():
+            try:
+                self._outputs[name] = logits(model, inputs)
+                calls[name] = lambda model=model: timed(model, inputs)  # type: ignore[misc]
+            except (RuntimeError, TypeError, AttributeError) as error:
+                unable[name] = str(error).splitlines()[0]
+        batch = write_batch(inputs, self._folder / "batch.safetensors") if self.peers else None
+        for name, peer in self.peers.items():
+            assert batch is not None
+            try:
+                peer.use_(batch)
+                for variant in peer.variants:
+                    label = name if variant == "any shape" else f"{name}, {variant}"
+                    self._outputs[label] = peer.output(variant)
+                    calls[label] = functools.partial(peer.call, variant)
+            except PeerError as error:
+                unable[name] = str(error)
+        return calls, unable
+
+    def errors(self) -> dict[str, float]:
+        """See `Bench`."""
+        expected = self._outputs[EAGER]
+        return {n: disagreement(found, expected) for n, found in self._outputs.items() if n != EAGER}
+
+
+@torch.inference_mode()
+def timed(model: nn.Module, inputs: Mapping[str, Tensor]) -> float:
+    """Milliseconds of one call."""
+    start = time.perf_counter()
+    logits(model, inputs)
+    return (time.perf_counter() - start) * 1000
+
+
+def dynamic(dense: nn.Module, engine: str) -> nn.Module:
+    """PyTorch's own dynamic int8: every linear, by one of its engines."""
+    before = torch.backends.quantized.engine
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated since PyTorch 2.10, and still the built-in peer
+        try:
+            torch.backends.quantized.engine = engine
+            return torch.ao.quantization.quantize_dynamic(copy.deepcopy(dense), {nn.Linear}, dtype=torch.qint8)
+        finally:
+            torch.backends.quantized.engine = before
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run it from the command line."""
+    run(Job("cpu", EAGER, OURS, PEER_LABELS, CpuBench), parse_arguments("bench_cpu", arguments))
+
+
+if __name__ == "__main__":
+    main()

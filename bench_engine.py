@@ -1,0 +1,260 @@
+"""`squeezoo bench-engine`: how fast and how small the engine itself is, beside the targets set for it.
+
+Three parts. ``mask``: an N:M mask against top-k and against the public search over all patterns. ``oneshot``:
+SparseGPT, Wanda and magnitude 2:4 of SmolLM2-135M in processes of their own. ``step``: a training step with fake
+quantization against the dense one. Times are medians of calls made in turn.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .bench_oneshot import METHODS, Calibration, Job, run_job
+
+PARTS = ("mask", "oneshot", "step")
+PATTERNS = ("2:4", "1:4", "2:8", "4:8")
+Say = Callable[[str], None]
+
+
+def run_bench_engine(
+    parts: Sequence[str] = PARTS,
+    out: Path | None = None,
+    say: Say = lambda _: None,
+    *,
+    data_dir: str | Path | None = None,
+    threads: int = 2,
+    repeats: int = 15,
+    size: int = 4096,
+    oneshot_model: str = "smollm2-135m",
+    methods: Sequence[str] = METHODS,
+    calibration: Calibration = "first",
+    oneshot: Mapping[str, Any] | None = None,
+    step_model: str = "minilm-l6",
+    batch: int = 32,
+    sequence: int = 128,
+) -> dict[str, Any]:
+    """Measure ``parts``; the record holds the environment and, per part, figures and which targets they meet.
+
+    Args:
+        out: a JSON file, written after each part. say: progress.
+        data_dir: holds WikiText-2 (part ``oneshot``); default ``$SQUEEZOO_DATA``. threads: of PyTorch.
+        repeats: timed calls of each contender. size: rows and columns of the mask's matrix.
+        oneshot_model, step_model: sources of `load_dense`. methods: of one-shot pruning.
+        calibration: see `Job`; ``oneshot``: further fields of it.
+        batch, sequence: of the training step.
+
+    Raises:
+        ValueError: an unknown part or method, no data folder; nothing was measured.
+    """
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise ValueError(f"expected parts out of {', '.join(PARTS)}, found {', '.join(unknown)}")
+    if unknown := [method for method in methods if method not in METHODS]:
+        raise ValueError(f"expected methods out of {', '.join(METHODS)}, found {', '.join(unknown)}")
+    import torch
+
+    from .eval.environment import device_name, environment
+    from .eval.files import resolve_data_dir
+    from .eval.results import atomic_write_json
+
+    folder = resolve_data_dir(data_dir) if "oneshot" in parts else None
+    if "oneshot" in parts and folder is None:
+        raise ValueError("part oneshot needs WikiText-2: give --data-dir, or set SQUEEZOO_DATA")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    record: dict[str, Any] = {"device": device_name(), "environment": environment(), "threads": threads, "parts": {}}
+    try:
+        for part in parts:
+            say(f"part {part}")
+            if part == "mask":
+                found: Any = mask_part(size, repeats, say)
+            elif part == "step":
+                found = step_part(step_model, batch, sequence, repeats, say)
+            else:
+                fields = {"threads": threads, "calibration": calibration, **(oneshot or {})}
+                found = oneshot_part([Job(method, oneshot_model, str(folder), **fields) for method in methods], say)
+            record["parts"][part] = found
+            if out is not None:
+                atomic_write_json(out, record)
+    finally:
+        torch.set_num_threads(before)
+    return record
+
+
+def mask_part(size: int, repeats: int, say: Say = lambda _: None) -> dict[str, Any]:
+    """Milliseconds per N:M mask of a random ``size`` x ``size`` matrix, all contenders checked to keep as much."""
+    import torch
+
+    from .compress.masks import Pattern, magnitude_mask
+
+    w_OI = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    rows = []
+    for text in PATTERNS:
+        pattern = Pattern.parse(text)
+        patterns_PM = _patterns(pattern.n, pattern.m)
+        ways: dict[str, Callable[[], torch.Tensor]] = {
+            "squeezoo": lambda pattern=pattern: magnitude_mask(w_OI, pattern),  # type: ignore[misc]
+            "topk": lambda pattern=pattern: topk_mask(w_OI, pattern.n, pattern.m),  # type: ignore[misc]
+            "enumeration": lambda patterns_PM=patterns_PM: enumeration_mask(w_OI, patterns_PM),  # type: ignore[misc]
+        }
+        kept = [float(w_OI[way()].abs().double().sum()) for way in ways.values()]
+        if max(kept) - min(kept) > 1e-7 * max(kept):  # masks may differ where weights of a group are equal
+            raise AssertionError(f"the {text} masks keep different sums of |w|: {dict(zip(ways, kept, strict=True))}")
+        timed = _in_turn(ways, repeats)
+        rows.append({"pattern": text, "ms": timed})
+        say(f"  {text}: " + ", ".join(f"{name} {value:.1f} ms" for name, value in timed.items()))
+    first: Any = rows[0]["ms"]
+    ms: dict[str, float] = first
+    return {
+        "size": size, "repeats": repeats, "rows": rows,
+        "targets": {
+            "2:4 mask at least 5 times faster than the enumeration": ms["enumeration"] >= 5 * ms["squeezoo"],
+            "2:4 mask no slower than topk": ms["squeezoo"] <= ms["topk"],
+        },
+    }  # fmt: skip
+
+
+def _patterns(n: int, m: int) -> Any:
+    """All ways to keep n of m, [P, M] of 0 and 1."""
+    import torch
+
+    kept = [[float(j in chosen) for j in range(m)] for chosen in itertools.combinations(range(m), n)]
+    return torch.tensor(kept)
+
+
+def enumeration_mask(w_OI: Any, patterns_PM: Any) -> Any:
+    """The public one-dimensional search (NVIDIA/apex, sparse_masklib): of all patterns the one that keeps most |w|."""
+    groups_GM = w_OI.reshape(-1, patterns_PM.shape[1])
+    best_G = (groups_GM.abs() @ patterns_PM.t()).argmax(1)
+    return patterns_PM.bool()[best_G].view(w_OI.shape)
+
+
+def topk_mask(w_OI: Any, n: int, m: int) -> Any:
+    """``topk`` of each group, scattered into a mask."""
+    import torch
+
+    groups_GM = w_OI.abs().view(-1, m)
+    kept_GN = groups_GM.topk(n, dim=1, sorted=False).indices
+    return torch.zeros(groups_GM.shape, dtype=torch.bool).scatter_(1, kept_GN, True).view(w_OI.shape)
+
+
+def oneshot_part(jobs: Sequence[Job], say: Say = lambda _: None) -> dict[str, Any]:
+    """One process per job; see `bench_oneshot`."""
+    rows = []
+    for job in jobs:
+        rows.append(run_job(job))
+        say(f"  {job.method}: {_oneshot_line(rows[-1])}")
+    targets = {}
+    for row in rows:
+        peak, ppl = row["memory_mib"]["peak"], row["perplexity"]
+        if row["method"] == "sparsegpt":
+            targets["SparseGPT in at most 78 s"] = row["seconds"] <= 78
+            targets["SparseGPT peak at most 1.2 GB (1,200 MiB)"] = peak is not None and peak <= 1200
+            targets["SparseGPT perplexity at most 46.7"] = ppl is not None and ppl <= 46.7
+        if row["method"] == "wanda":
+            targets["Wanda in at most 45 s"] = row["seconds"] <= 45
+    return {"rows": rows, "targets": targets}
+
+
+def step_part(source: str, batch: int, sequence: int, repeats: int, say: Say = lambda _: None) -> dict[str, Any]:
+    """Seconds of a training step (forward, backward, AdamW) of the dense model and of the one attached with
+    ``gpusq-gemm-int8``: learned scales of every weight and input, 2:4 masks."""
+    import torch
+
+    from .compress.attach import attach_, parameters_without_decay, prune_
+    from .compress.calibrate import calibrate_
+    from .compress.plan import make_plan
+    from .compress.recipe import Recipe
+    from .eval.speed import make_batch
+    from .models.dense import load_dense, logits
+
+    dense, squeezed = (load_dense(source, num_labels=2).model for _ in range(2))
+    inputs = make_batch(dense, batch, sequence)
+    labels = torch.randint(2, (batch,), generator=torch.Generator().manual_seed(1))
+    attach_(squeezed, make_plan(squeezed, Recipe.load("gpusq-gemm-int8")))
+    prune_(squeezed)
+    calibrate_(squeezed, [inputs])
+
+    def step_of(model: torch.nn.Module) -> Callable[[], None]:
+        plain = set(parameters_without_decay(model))
+        groups: list[dict[str, Any]] = [
+            {"params": [p for name, p in model.named_parameters() if name not in plain]},
+            {"params": [p for name, p in model.named_parameters() if name in plain], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=1e-5)
+        model.train()
+
+        def step() -> None:
+            torch.nn.functional.cross_entropy(logits(model, inputs), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    ms = _in_turn({"dense": step_of(dense), "fake-quantized": step_of(squeezed)}, repeats)
+    ratio = ms["fake-quantized"] / ms["dense"]
+    say(f"  dense {ms['dense']:.0f} ms, fake-quantized {ms['fake-quantized']:.0f} ms, {ratio:.2f} times")
+    return {
+        "model": source, "batch": batch, "sequence": sequence, "repeats": repeats, "ms": ms, "ratio": ratio,
+        "targets": {"a fake-quantized step at most 1.6 times the dense one": ratio <= 1.6},
+    }  # fmt: skip
+
+
+def _in_turn(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each, called in turn after a first call that does not count; the order rotates."""
+    import torch
+
+    from .eval.timing import clock_for, no_garbage_collection
+
+    clock, names = clock_for(torch.device("cpu")), list(ways)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        ways[name]()
+    with no_garbage_collection():
+        for repeat in range(repeats):
+            for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+                samples[name].append(clock(ways[name]))
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def _oneshot_line(row: Mapping[str, Any]) -> str:
+    memory = {name: "?" if value is None else f"{value:.0f}" for name, value in row["memory_mib"].items()}
+    ppl = "-" if row["perplexity"] is None else f"{row['perplexity']:.2f}"
+    return (
+        f"{row['seconds']:.1f} s, perplexity {ppl}, peak {memory['peak']} MiB "
+        f"(start {memory['start']}, pruning {memory['peak_pruning']})"
+    )
+
+
+def engine_table(record: Mapping[str, Any]) -> str:
+    """The record of `run_bench_engine` as Markdown."""
+    lines = [f"{record['device']}, torch {record['environment']['libraries']['torch']}"]
+    parts = record["parts"]
+    if "mask" in parts:
+        size = parts["mask"]["size"]
+        lines += ["", f"| mask {size} x {size} | squeezoo ms | topk | enumeration |", "|---|---|---|---|"]
+        for row in parts["mask"]["rows"]:
+            ms, own = row["ms"], row["ms"]["squeezoo"]
+            rivals = " | ".join(f"{ms[name]:.1f} ({ms[name] / own:.1f}x)" for name in ("topk", "enumeration"))
+            lines.append(f"| {row['pattern']} | {own:.1f} | {rivals} |")
+    if "oneshot" in parts:
+        lines += ["", "| one-shot 2:4 | seconds | perplexity | peak MiB | loaded | pruning | evaluation |"]
+        lines.append("|---|---|---|---|---|---|---|")
+        for row in parts["oneshot"]["rows"]:
+            names = ("peak", "start", "peak_pruning", "peak_evaluation")
+            memory = ["?" if row["memory_mib"][name] is None else f"{row['memory_mib'][name]:.0f}" for name in names]
+            ppl = "-" if row["perplexity"] is None else f"{row['perplexity']:.2f}"
+            lines.append(f"| {row['method']} | {row['seconds']:.1f} | {ppl} | {' | '.join(memory)} |")
+    if "step" in parts:
+        step = parts["step"]
+        lines += ["", "| training step | dense ms | fake-quantized ms | ratio |", "|---|---|---|---|"]
+        what = f"{step['model']}, {step['batch']} x {step['sequence']}"
+        lines.append(
+            f"| {what} | {step['ms']['dense']:.0f} | {step['ms']['fake-quantized']:.0f} | {step['ratio']:.2f} |"
+        )
+    targets = {text: met for part in parts.values() for text, met in part["targets"].items()}
+    lines += ["", *(f"- {'met' if met else 'MISSED'}: {text}" for text, met in targets.items())]
+    return "\n".join(lines)

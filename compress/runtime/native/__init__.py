@@ -1,0 +1,11 @@
+"""Native kernels for x86 CPUs with AVX-512 VNNI: int8 GEMM, attention, layer norm, whole encoder blocks.
+
+C++ behind a plain C interface, compiled on first use (``build.py``); where that fails nothing else does: the runtime
+then computes the same with PyTorch's operators.
+"""
+
+from __future__ import annotations
+
+from .kernels import NativeGemm, attention, available, layer_norm, quantize, supported
+
+__all__ = ["NativeGemm", "attention", "available", "layer_norm", "quantize", "supported"]

@@ -1,0 +1,251 @@
+// A thread takes some queries of one head: it lays K of this head out as columns and V as rows, both dense, then goes
+// through 24 queries at a time: scores of all keys, softmax, product with V. The scores stay in the L2 cache.
+#include "attention.h"
+
+#include <limits>
+
+#include "scratch.h"
+
+namespace sq {
+namespace {
+
+constexpr int BLOCK = 24;  // queries at a time: 4 tiles of 6 rows, or 2 of 12
+constexpr float LOG2E = 1.4426950408889634f;
+
+// c[M][16 N] = a[M][count] @ b[count][16 N]; strides in floats.
+template <int M, int N>
+__attribute__((noinline)) void product(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                                       int64_t count, float* c, int64_t c_stride) {
+    __m512 sum[M][N];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) sum[m][n] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < count; ++i, b += b_stride) {
+        __m512 w[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+            w[n] = _mm512_load_ps(b + n * LANES);
+            __asm__("" : "+v"(w[n]));
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            const __m512 x = _mm512_set1_ps(a[m * a_stride + i]);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum[m][n]) : "v"(x), "v"(w[n]));
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) _mm512_store_ps(c + m * c_stride + n * LANES, sum[m][n]);
+}
+
+// c[rows][columns] = a[rows][count] @ b[count][columns], columns a multiple of 32, b in panels of 64 columns (the last
+// of 64 or 32) one after the other. All rows of a up to the next multiple of 6 must be there (and may hold anything).
+SQ_INLINE void matmul(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t count, int64_t columns,
+                      float* c, int64_t c_stride) {
+    for (int64_t column = 0; column < columns; column += 64) {
+        const float* panel = b + column * count;
+        if (columns - column >= 64) {
+            int64_t row = 0;
+            for (; row + 6 <= rows; row += 6)
+                product<6, 4>(a + row * a_stride, a_stride, panel, 64, count, c + row * c_stride + column, c_stride);
+            for (; row < rows; ++row)
+                product<1, 4>(a + row * a_stride, a_stride, panel, 64, count, c + row * c_stride + column, c_stride);
+        } else {
+            int64_t row = 0;
+            for (; row + 12 <= rows; row += 12)
+                product<12, 2>(a + row * a_stride, a_stride, panel, 32, count, c + row * c_stride + column, c_stride);
+            for (; row + 3 <= rows; row += 3)
+                product<3, 2>(a + row * a_stride, a_stride, panel, 32, count, c + row * c_stride + column, c_stride);
+            for (; row < rows; ++row)
+                product<1, 2>(a + row * a_stride, a_stride, panel, 32, count, c + row * c_stride + column, c_stride);
+        }
+    }
+}
+
+// 2^x for x <= 0, to 1 unit in the last place; -inf gives 0.
+SQ_INLINE __m512 exp2_of(__m512 x) {
+    const __m512 whole = _mm512_roundscale_ps(_mm512_max_ps(x, _mm512_set1_ps(-200.0f)), 8);
+    const __m512 r = _mm512_sub_ps(_mm512_max_ps(x, _mm512_set1_ps(-200.0f)), whole);
+    __m512 y = _mm512_set1_ps(1.5403530e-4f);  // 2^r on -1/2..1/2: Taylor's ln(2)^k / k!
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.3333558e-3f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(9.6181291e-3f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.5504109e-2f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(2.4022651e-1f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(6.9314718e-1f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(y, whole);
+}
+
+// scores[keys] → exp(scale * score + mask - maximum), zeros up to `padded`; returns 1 / their sum (0 without a key).
+SQ_INLINE float softmax_row(float* score, int64_t keys, int64_t padded, float scale, const float* add,
+                            const uint8_t* valid) {
+    const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    const __m512 by = _mm512_set1_ps(scale * LOG2E), log2e = _mm512_set1_ps(LOG2E);
+    __m512 largest = none;
+    for (int64_t at = 0; at < keys; at += LANES) {
+        __mmask16 mask = first(keys - at);
+        __m512 s = _mm512_mul_ps(_mm512_load_ps(score + at), by);
+        if (add) s = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, add + at), log2e, s);
+        if (valid) mask = _mm512_mask_test_epi32_mask(mask, _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, valid + at)),
+                                                      _mm512_set1_epi32(255));
+        s = _mm512_mask_mov_ps(none, mask, s);
+        _mm512_store_ps(score + at, s);
+        largest = _mm512_max_ps(largest, s);
+    }
+    const float top = _mm512_reduce_max_ps(largest);
+    if (top == -std::numeric_limits<float>::infinity()) {
+        for (int64_t at = 0; at < padded; at += LANES) _mm512_store_ps(score + at, _mm512_setzero_ps());
+        return 0.0f;
+    }
+    const __m512 off = _mm512_set1_ps(top);
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t at = 0; at < keys; at += LANES) {
+        const __m512 p = exp2_of(_mm512_sub_ps(_mm512_load_ps(score + at), off));
+        _mm512_store_ps(score + at, p);
+        total = _mm512_add_ps(total, p);
+    }
+    for (int64_t at = (keys + LANES - 1) / LANES * LANES; at < padded; at += LANES)
+        _mm512_store_ps(score + at, _mm512_setzero_ps());
+    return 1.0f / _mm512_reduce_add_ps(total);
+}
+
+SQ_INLINE void transpose(const __m512* in, float* to, int64_t stride) {
+    __m512 t[16], u[16];
+    for (int i = 0; i < 8; ++i) {
+        t[2 * i] = _mm512_unpacklo_ps(in[2 * i], in[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_ps(in[2 * i], in[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 2; ++j) {
+            const __m512d a = _mm512_castps_pd(t[4 * i + j]), b = _mm512_castps_pd(t[4 * i + 2 + j]);
+            u[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            u[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    for (int j = 0; j < 4; ++j) {  // u[4 i + j]: columns 4 l + j of rows 4 i .. 4 i + 3, for the four 128-bit parts l
+        const __m512 a = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88), b = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);
+        const __m512 c = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd), d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
+        _mm512_store_ps(to + j * stride, _mm512_shuffle_f32x4(a, b, 0x88));
+        _mm512_store_ps(to + (4 + j) * stride, _mm512_shuffle_f32x4(c, d, 0x88));
+        _mm512_store_ps(to + (8 + j) * stride, _mm512_shuffle_f32x4(a, b, 0xdd));
+        _mm512_store_ps(to + (12 + j) * stride, _mm512_shuffle_f32x4(c, d, 0xdd));
+    }
+}
+
+// Width of the panel that begins at `column` of `columns` (a multiple of 32).
+SQ_INLINE int64_t panel_width(int64_t column, int64_t columns) { return columns - column / 64 * 64 >= 64 ? 64 : 32; }
+
+// K [keys, width] as [width, keys] in panels of 64 keys, zeros beyond the last key.
+void lay_out_columns(const float* k, int64_t stride, int64_t keys, int64_t padded, int64_t width, float* to) {
+    for (int64_t key = 0; key < padded; key += LANES) {
+        float* panel = to + key / 64 * 64 * width + key % 64;
+        const int64_t across = panel_width(key, padded);
+        for (int64_t at = 0; at < width; at += LANES) {
+            __m512 row[16];
+            const __mmask16 mask = first(width - at);
+            for (int i = 0; i < 16; ++i)
+                row[i] = key + i < keys ? _mm512_maskz_loadu_ps(mask, k + (key + i) * stride + at) : _mm512_setzero_ps();
+            if (width - at >= LANES) {
+                transpose(row, panel + at * across, across);
+            } else {
+                alignas(64) float columns[16 * 16];
+                transpose(row, columns, 16);
+                for (int64_t i = 0; i < width - at; ++i)
+                    _mm512_store_ps(panel + (at + i) * across, _mm512_load_ps(columns + i * 16));
+            }
+        }
+    }
+}
+
+// V [keys, width] in panels of 64 columns, zeros in the columns up to `padded`.
+void lay_out_rows(const float* v, int64_t stride, int64_t keys, int64_t width, int64_t padded, float* to) {
+    for (int64_t column = 0; column < padded; column += LANES) {
+        float* panel = to + column / 64 * 64 * keys + column % 64;
+        const int64_t across = panel_width(column, padded);
+        const __mmask16 mask = first(width - column);
+        for (int64_t key = 0; key < keys; ++key)
+            _mm512_store_ps(panel + key * across, _mm512_maskz_loadu_ps(mask, v + key * stride + column));
+    }
+}
+
+int64_t up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+struct Call {
+    const float *q, *k, *v;
+    const AttentionShape& shape;
+    const Mask& mask;
+    const Levels* levels;
+    void* out;
+};
+
+// Queries `begin`..`end` of one head of one row of the batch.
+void some_queries(const Call& call, int64_t batch, int64_t head, int64_t begin, int64_t end) {
+    const AttentionShape& s = call.shape;
+    const int64_t group = head / s.heads_per_group;
+    int64_t keys = s.keys;
+    if (s.causal && end + s.keys - s.queries < keys) keys = end + s.keys - s.queries;
+    const int64_t padded = up(keys, 32), width = s.width, wide = up(width, 32);
+    static thread_local Scratch scratch;
+    const int64_t floats = up(padded * width, LANES) + keys * wide + BLOCK * (padded + wide);
+    float* columns = static_cast<float*>(scratch.of(floats * 4));
+    float* rows = columns + up(padded * width, LANES);
+    float* scores = rows + keys * wide;
+    float* results = scores + BLOCK * padded;
+    lay_out_columns(call.k + batch * s.k_stride[0] + group * s.k_stride[1], s.k_stride[2], keys, padded, width, columns);
+    lay_out_rows(call.v + batch * s.v_stride[0] + group * s.v_stride[1], s.v_stride[2], keys, width, wide, rows);
+    const float* q = call.q + batch * s.q_stride[0] + head * s.q_stride[1];
+    const Quantizer quantize(call.levels ? *call.levels : Levels{1.0f, 0, 0, 255});
+    for (int64_t query = begin; query < end; query += BLOCK) {
+        const int64_t count = end - query < BLOCK ? end - query : BLOCK;
+        matmul(q + query * s.q_stride[2], s.q_stride[2], count, columns, width, padded, scores, padded);
+        float inverse[BLOCK];
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t at = batch * call.mask.stride[0] + head * call.mask.stride[1] + (query + i) * call.mask.stride[2];
+            const bool is_bool = call.mask.is_bool;
+            const uint8_t* valid = call.mask.at && is_bool ? static_cast<const uint8_t*>(call.mask.at) + at : nullptr;
+            const float* add = call.mask.at && !is_bool ? static_cast<const float*>(call.mask.at) + at : nullptr;
+            int64_t seen = keys;
+            if (s.causal && query + i + 1 + s.keys - s.queries < seen) seen = query + i + 1 + s.keys - s.queries;
+            inverse[i] = softmax_row(scores + i * padded, seen, padded, s.scale, add, valid);
+        }
+        matmul(scores, padded, count, rows, keys, wide, results, wide);
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t to = ((batch * s.queries + query + i) * s.heads + head) * width;
+            const __m512 by = _mm512_set1_ps(inverse[i]);
+            for (int64_t at = 0; at < width; at += LANES) {
+                const __mmask16 mask = first(width - at);
+                const __m512 y = _mm512_mul_ps(_mm512_load_ps(results + i * wide + at), by);
+                if (call.levels)
+                    _mm_mask_storeu_epi8(static_cast<uint8_t*>(call.out) + to + at, mask, quantize(y));
+                else
+                    _mm512_mask_storeu_ps(static_cast<float*>(call.out) + to + at, mask, y);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+void attention(const float* q, const float* k, const float* v, const AttentionShape& shape, const Mask& mask,
+               const Levels* levels, void* out, int threads) {
+    const Call call{q, k, v, shape, mask, levels, out};
+    const int64_t maps = shape.batch * shape.heads;
+    int64_t pieces = 1;  // of the queries of a head; each lays K and V out anew
+    while (maps * pieces < 3 * threads && shape.queries / (2 * pieces) >= 2 * BLOCK) pieces *= 2;
+    const int64_t piece = up((shape.queries + pieces - 1) / pieces, BLOCK);
+    pieces = (shape.queries + piece - 1) / piece;
+    parallel(maps * pieces, threads, [&](int64_t index) {
+        const int64_t map = index / pieces, begin = index % pieces * piece;
+        const int64_t end = begin + piece < shape.queries ? begin + piece : shape.queries;
+        some_queries(call, map / shape.heads, map % shape.heads, begin, end);
+    });
+}
+
+}  // namespace sq
+
+SQ_EXPORT void sq_attention(const float* q, const float* k, const float* v, const sq::AttentionShape* shape,
+                            const sq::Mask* mask, const sq::Levels* levels, void* out, int threads) {
+    sq::attention(q, k, v, *shape, *mask, levels, out, threads);
+}

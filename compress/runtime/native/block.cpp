@@ -1,0 +1,78 @@
+// A whole transformer block of an encoder: QKV, attention, output, residual, norm, FFN, residual, norm, with the
+// integers of each GEMM's input made where the floats before them are.
+#include "attention.h"
+#include "gemm.h"
+#include "rows.h"
+#include "scratch.h"
+
+namespace sq {
+
+struct Block {
+    Gemm qkv, out, up, down;
+    Levels of_qkv, of_out, of_up, of_down;  // of the inputs of the four
+    Norm attention_norm, ffn_norm;
+    int64_t heads, head_width;
+    float scale;
+    int32_t norm_first;  // 1: norms read the residual stream (pre-LN); 0: they are on it (post-LN)
+};
+
+namespace {
+
+// Rows that go through all of the block before the next ones start, in whole sequences: what lies between two steps
+// stays in the last-level cache.
+constexpr int64_t TOGETHER = 512;
+
+int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+void run(const Gemm& gemm, const Levels& levels, const uint8_t* level, int64_t rows, const float* residual,
+         const Levels* emitted, void* out, int threads) {
+    multiply(gemm, level, rows, gemm.inputs, levels.scale, levels.zero_point, residual, emitted, out, threads);
+}
+
+void some(const Block& block, const float* x, int64_t batch, int64_t length, const Mask& mask, float* y, int threads) {
+    const int64_t rows = batch * length, across = block.qkv.outputs, width = block.heads * block.head_width;
+    const int64_t widest = block.qkv.inputs > width ? block.qkv.inputs : width;
+    const int64_t levels = aligned(rows * widest), inner = aligned(rows * block.down.inputs);
+    const int64_t floats = aligned(rows * across * 4);
+    static thread_local Scratch scratch;
+    char* memory = static_cast<char*>(scratch.of(levels + inner + floats + rows * block.out.outputs * 4));
+    uint8_t* level = reinterpret_cast<uint8_t*>(memory);  // of QKV's input, the output projection's, FFN1's in turn
+    uint8_t* hidden = reinterpret_cast<uint8_t*>(memory + levels);
+    float* qkv = reinterpret_cast<float*>(memory + levels + inner);
+    float* stream = reinterpret_cast<float*>(memory + levels + inner + floats);
+
+    if (block.norm_first)
+        normalize_rows(x, rows, block.attention_norm, nullptr, &block.of_qkv, level, threads);
+    else
+        quantize_rows(x, rows, block.qkv.inputs, block.of_qkv, level, threads);
+    run(block.qkv, block.of_qkv, level, rows, nullptr, nullptr, qkv, threads);
+
+    const int64_t stride[3] = {length * across, block.head_width, across};
+    AttentionShape shape{batch, block.heads, length, length, block.head_width, {}, {}, {}, 1, block.scale, 0};
+    for (int axis = 0; axis < 3; ++axis)
+        shape.q_stride[axis] = shape.k_stride[axis] = shape.v_stride[axis] = stride[axis];
+    attention(qkv, qkv + width, qkv + 2 * width, shape, mask, &block.of_out, level, threads);
+
+    run(block.out, block.of_out, level, rows, x, nullptr, stream, threads);
+    normalize_rows(stream, rows, block.norm_first ? block.ffn_norm : block.attention_norm,
+                   block.norm_first ? nullptr : stream, &block.of_up, level, threads);
+    run(block.up, block.of_up, level, rows, nullptr, &block.of_down, hidden, threads);
+    run(block.down, block.of_down, hidden, rows, stream, nullptr, y, threads);
+    if (!block.norm_first) normalize_rows(y, rows, block.ffn_norm, y, nullptr, nullptr, threads);
+}
+
+}  // namespace
+}  // namespace sq
+
+// x and y: [batch, length, width] floats, dense, not the same. All widths are multiples of 4.
+SQ_EXPORT void sq_block(const sq::Block* block, const float* x, int64_t batch, int64_t length, const sq::Mask* mask,
+                        float* y, int threads) {
+    const int64_t together = length >= sq::TOGETHER ? 1 : sq::TOGETHER / length, width = length * block->qkv.inputs;
+    for (int64_t at = 0; at < batch; at += together) {
+        sq::Mask part = *mask;
+        if (part.at)
+            part.at = static_cast<const char*>(part.at) + at * part.stride[0] * (part.is_bool ? 1 : 4);
+        sq::some(*block, x + at * width, at + together < batch ? together : batch - at, length, part, y + at * width,
+                 threads);
+    }
+}

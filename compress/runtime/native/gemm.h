@@ -1,0 +1,24 @@
+// One matrix of int8 weights times rows of uint8 levels.
+#pragma once
+
+#include "common.h"
+
+namespace sq {
+
+// A packed matrix. `panels` is laid out by sq_pack; bias_O may be null; activation is one of activation.h.
+struct Gemm {
+    const int8_t* panels;
+    const int32_t* sum_O;
+    const float* scale_O;
+    const float* bias_O;
+    int64_t outputs, inputs;
+    int32_t activation;
+};
+
+// activation(scale * scale_O * ((level_TI - zero_point) @ q_OI^T) + bias_O + residual_TO) as floats, or as the levels
+// `emitted`. `stride`: bytes from row to row of the levels, at least `inputs` rounded up to 4. residual_TO may be null,
+// and may be out_TO.
+void multiply(const Gemm& gemm, const uint8_t* level_TI, int64_t rows, int64_t stride, float scale, int32_t zero_point,
+              const float* residual_TO, const Levels* emitted, void* out_TO, int threads);
+
+}  // namespace sq
