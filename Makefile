@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: install quickstart test test-extras lint format clean
+.PHONY: install quickstart test test-extras peers bench-cpu lint format clean
 
 install: $(STAMP)
 
@@ -41,6 +41,21 @@ $(EXTRAS)/.installed: pyproject.toml constraints.txt constraints-extras.txt
 test-extras: $(EXTRAS)/.installed
 	$(EXTRAS)/bin/python -m pytest tests/extras
 
+# The int8 peers of the CPU benchmark, in an environment of their own.
+PEERS := .venv-peers
+
+$(PEERS)/.installed: constraints.txt constraints-peers.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-peers.txt \
+	  torch transformers openvino nncf onnx onnxruntime
+	touch $@
+
+peers: $(PEERS)/.installed
+
+# Speed against dense float32 and the peers; BENCH="--models minilm-l6 --quick" for a part of it.
+bench-cpu: $(STAMP) $(PEERS)/.installed
+	$(PY) -m squeezoo.bench_cpu $(BENCH)
+
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -51,4 +66,4 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(EXTRAS) .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf $(VENV) $(EXTRAS) $(PEERS) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -239,6 +239,11 @@ def card(
     max_length: MaxLength = None,
     repeats: Repeats = 30,
     included: Annotated[bool, typer.Option(help="the weights are published with the card")] = False,
+    costs: Annotated[bool, typer.Option("--costs", help="also loading, memory, energy and the roofline model")] = False,
+    decode: Annotated[int | None, typer.Option(help="with --costs: new tokens after each prompt", min=1)] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="with --costs: model power without a sensor")] = False,
+    sweep: Annotated[Path | None, typer.Option(help="folder of the sweep that the settings come from")] = None,
+    plots: Annotated[bool, typer.Option("--plots", help="draw what the card holds")] = False,
     json_: JsonFlag = False,
 ) -> None:
     """Render README.md from results.json; with --dense and --task, measure scores, sizes and speed first.
@@ -247,10 +252,13 @@ def card(
     """
     from .pipeline import measure_card
     from .zoo_cards.card import Card
+    from .zoo_cards.plots_card import write_plots
     from .zoo_cards.render import write_card
 
     if dense is None:
         made = Card.load(checkpoint)
+        if plots:
+            write_plots(made, checkpoint)
         write_card(made, checkpoint)
     elif task is None:
         raise ValueError("measuring needs a task: give --task together with --dense")
@@ -258,7 +266,8 @@ def card(
         made = measure_card(
             checkpoint, dense, task,
             commands=command_, batches=batch, lengths=length, variants=_pairs(also, "--also", "FOLDER"),
-            data_dir=data_dir, max_length=max_length, repeats=repeats, included=included, limits=note, say=say,
+            data_dir=data_dir, max_length=max_length, repeats=repeats, included=included, limits=note,
+            costs=costs, decode=decode, estimate=estimate, sweep=sweep, plots=plots, say=say,
         )  # fmt: skip
     show_card(made, checkpoint, json_)
 

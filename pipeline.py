@@ -29,6 +29,7 @@ from .eval.results import atomic_write_json
 from .eval.run import evaluate, sample_rows
 from .eval.speech_vocabulary import LETTERS, with_vocabulary
 from .eval.task import Task
+from .measure import extra_measurements
 from .models.dense import Dense, load_dense
 from .models.folders import load_processor
 from .models.kinds import WITH_LABELS
@@ -38,8 +39,11 @@ from .zoo_cards.card import COMPRESSED, DENSE, Card
 from .zoo_cards.datasets import describe_task
 from .zoo_cards.hub import resolve
 from .zoo_cards.parts import Base, PlanSummary, RecipeNote, ScoreRow, Training
+from .zoo_cards.plots_card import write_plots
 from .zoo_cards.render import write_card
-from .zoo_cards.sizes import measure_size
+from .zoo_cards.resources import Resources
+from .zoo_cards.search import Search
+from .zoo_cards.sizes import measure_size, measure_storage
 
 ENERGY = "energy.json"  # what the training of a folder took; ``resumed``: only the part after its last stop
 
@@ -157,6 +161,11 @@ def measure_card(
     repeats: int = 30,
     included: bool = False,
     limits: Sequence[str] = (),
+    costs: bool = False,
+    decode: int | None = None,
+    estimate: bool = False,
+    sweep: str | Path | None = None,
+    plots: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> Card:
@@ -168,6 +177,10 @@ def measure_card(
         batches, lengths: what to time, every batch with every length; lengths are tokens and do not matter for images.
         variants: more checkpoints of the same model to put beside it in the table, by name.
         included: the checkpoint is published with its weights.
+        costs: measure loading, memory and energy too, and predict the GEMMs' time by the roofline model.
+        decode: with ``costs``, time so many new tokens after each prompt. estimate: with ``costs``, let a power model
+            speak for what has no sensor.
+        sweep: the folder of the sweep that the settings come from. plots: draw what the card holds beside it.
 
     Raises:
         CheckpointError, ValueError, DataError: nothing is written then.
@@ -187,7 +200,14 @@ def measure_card(
             data_dir=data_dir, max_length=max_length, seed=manifest.recipe.seed, progress=progress,
         )  # fmt: skip
         scores += [ScoreRow(variant, score) for score in found]
-    speeds = measure_speeds(dense.model, compressed, points(dense.model, batches, lengths), repeats, progress, say)
+    conditions = points(dense.model, batches, lengths)
+    speeds = measure_speeds(dense.model, compressed, conditions, repeats, progress, say)
+    resources = Resources()
+    if costs:
+        resources = extra_measurements(
+            folder, dense_folder, dense.model, compressed, conditions,
+            decode=decode, repeats=repeats, estimate=estimate, progress=progress, say=say,
+        )  # fmt: skip
     card = Card(
         name=manifest.name,
         base=_base(manifest, dense_folder, dense.library),
@@ -205,7 +225,12 @@ def measure_card(
         date=datetime.date.today().isoformat(),
         squeezoo=__version__,
         code=code_version(),
+        storage=measure_storage(folder),
+        search=None if sweep is None else Search.load(sweep),
+        resources=resources,
     )
+    if plots:
+        write_plots(card, folder)
     write_card(card, folder)
     return card
 

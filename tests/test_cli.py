@@ -72,10 +72,11 @@ def test_finetune_compress_eval_verify_bench_card(dense, checkpoint, tmp_path):
     assert [(s["batch"], s["repeats"], s["image_size"]) for s in speeds] == [(1, 20, [8, 8]), (2, 20, [8, 8])]
     run(
         "card", checkpoint, "--dense", dense, "--task", "digits", "--batch", 1, "--repeats", 20,
-        "--command", "squeezoo compress ...", "--note", "a test",
+        "--command", "squeezoo compress ...", "--note", "a test", "--plots",
     )  # fmt: skip
     results = json.loads((checkpoint / "results.json").read_text())
     assert results["name"] == "tiny-vit.digits.gpusq-gemm-int8"
+    assert list(checkpoint.glob("plots/*.png"))
     text = (checkpoint / "README.md").read_text()
     (checkpoint / "README.md").unlink()
     run("card", checkpoint)
