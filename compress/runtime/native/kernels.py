@@ -131,8 +131,9 @@ def layer_norm(
     y_TI = torch.empty_like(x_TI)
     level_TI = None if levels is None else torch.empty(x_TI.shape, dtype=torch.uint8)
     record = None if levels is None else c_levels(levels)
+    norm = norm_record(weight_I, bias_I, x_TI.shape[1], epsilon)
     load().sq_normalize(
-        x_TI.data_ptr(), x_TI.shape[0], addressof(norm_record(weight_I, bias_I, x_TI.shape[1], epsilon)),
+        x_TI.data_ptr(), x_TI.shape[0], addressof(norm),
         y_TI.data_ptr(), None if record is None else addressof(record),
         None if level_TI is None else level_TI.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
