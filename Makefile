@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: install quickstart test test-extras peers bench-cpu lint format clean
+.PHONY: install quickstart test test-extras peers bench-cpu bench-gpu lint format clean
 
 install: $(STAMP)
 
@@ -55,6 +55,10 @@ peers: $(PEERS)/.installed
 # Speed against dense float32 and the peers; BENCH="--models minilm-l6 --quick" for a part of it.
 bench-cpu: $(STAMP) $(PEERS)/.installed
 	$(PY) -m squeezoo.bench_cpu $(BENCH)
+
+# The same on this machine's GPU: dense float32, TF32, bfloat16, compiled, in CUDA graphs.
+bench-gpu: $(STAMP)
+	$(PY) -m squeezoo.bench_gpu $(BENCH)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .bench_models import BenchModel, samples_of, squeeze
 from .bench_run import ROOT, Job, parse_arguments, run, say
+from .compress.runtime.selection import select_kernels_
 from .eval.peers import Peer, PeerError, disagreement, write_batch, write_model
 from .eval.rounds import Call
 from .models.dense import logits
@@ -42,6 +43,8 @@ class CpuBench:
         samples = samples_of(dense, model.sizes[0])
         self.models: dict[str, nn.Module] = {EAGER: dense}
         self.models[OURS] = squeeze(dense, samples).build("int8")
+        for note in select_kernels_(self.models[OURS]).notes:
+            say(f"  selection: {note}")
         for name, engine in DYNAMIC.items():
             try:
                 self.models[name] = dynamic(dense, engine)
@@ -128,7 +131,7 @@ def dynamic(dense: nn.Module, engine: str) -> nn.Module:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run it from the command line."""
-    run(Job("cpu", EAGER, OURS, PEER_LABELS, CpuBench), parse_arguments("bench_cpu", arguments))
+    run(Job("cpu", EAGER, OURS, PEER_LABELS, CpuBench), parse_arguments("bench_cpu", __doc__, arguments))
 
 
 if __name__ == "__main__":

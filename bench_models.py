@@ -127,9 +127,9 @@ class Squeezed:
     tensors: dict[str, Tensor]
     plan: Plan
 
-    def build(self, backend: Resolved) -> nn.Module:
-        """The model as ``load`` gives it."""
-        return assemble(self.description, self.tensors, self.plan, backend)
+    def build(self, backend: Resolved, device: str = "cpu") -> nn.Module:
+        """The model as ``load`` gives it, with the built-in choice of kernels."""
+        return assemble(self.description, self.tensors, self.plan, backend, device)
 
 
 def squeeze(dense: nn.Module, samples: list[dict[str, Tensor]]) -> Squeezed:

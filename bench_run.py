@@ -55,21 +55,22 @@ class Job:
     ready: Callable[[nn.Module, BenchModel, argparse.Namespace], AbstractContextManager[Bench]]
 
 
-def parse_arguments(what: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(what: str, text: str | None, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Of both commands."""
-    parser = argparse.ArgumentParser(prog=f"python -m squeezoo.{what}", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m squeezoo.{what}", description=text)
     parser.add_argument("--models", help=f"comma-separated; default all: {','.join(MODELS)}")
-    parser.add_argument("--batches", default="1,8,32", help="comma-separated")
+    parser.add_argument("--batches", help="comma-separated; default 1,8,32, with --quick 1,8")
     parser.add_argument("--lengths", help="comma-separated tokens (BERT: 128 and 384); default every size of a model")
-    parser.add_argument("--quick", action="store_true", help="5 s a cell instead of 20, batches 1 and 8")
+    parser.add_argument("--quick", action="store_true", help="5 s a cell instead of 20")
     parser.add_argument("--again", action="store_true", help="measure cells anew that are in the file")
     parser.add_argument("--no-peers", action="store_true", help="without the int8 peers in their own environment")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's")
     parser.add_argument("--max-call", type=float, default=30.0, help="skip cells whose dense call takes more seconds")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the result files")
     parsed = parser.parse_args(arguments)
-    parsed.batch_sizes = [1, 8] if parsed.quick else [int(text) for text in parsed.batches.split(",")]
-    parsed.tokens = None if parsed.lengths is None else {int(text) for text in parsed.lengths.split(",")}
+    batches = parsed.batches or ("1,8" if parsed.quick else "1,8,32")
+    parsed.batch_sizes = [int(batch) for batch in batches.split(",")]
+    parsed.tokens = None if parsed.lengths is None else {int(length) for length in parsed.lengths.split(",")}
     parsed.seconds = 5.0 if parsed.quick else 20.0
     return parsed
 

@@ -36,10 +36,11 @@ from .quantizers import map_quantizer
 from .recipe import Recipe
 from .runtime import int8_supported, use_int8_, use_int8_embeddings_, use_quantized_inputs_
 from .runtime.cuda import use_cuda_
-from .runtime.cuda_linear import CudaOptions
+from .runtime.cuda_source import CudaOptions
 from .runtime.cuda_support import CudaError, cuda_capability
 from .runtime.inputs import stretch_
 from .runtime.nm_attention import use_nm_attention_
+from .runtime.selection import select_kernels_
 from .upgrade import FORMAT_VERSION, upgraded
 
 MANIFEST, WEIGHTS, GOLDEN = "squeezoo.json", "weights.safetensors", "golden.safetensors"
@@ -196,7 +197,8 @@ def load(folder: str | Path, *, device: str = "cpu", backend: Backend = "auto", 
         backend: ``int8`` replaces quantized GEMMs by integer kernels of the CPU; ``cuda`` replaces quantized and 2:4
             GEMMs by kernels of the GPU, all else in bfloat16; ``reference`` repeats the training-time arithmetic in
             float32; ``dense`` has the same weights as plain float32 and rounds no inputs, to compare speed with;
-            ``auto`` takes ``int8`` or ``cuda`` where this machine has the kernels.
+            ``auto`` takes ``int8`` or ``cuda`` where this machine has the kernels, and for each GEMM the kernel that
+            was measured to be the fastest (`select_kernels_`: once per device, seconds, kept in the user's cache).
         check: compare every file with its SHA-256 first.
 
     Raises:
@@ -206,8 +208,11 @@ def load(folder: str | Path, *, device: str = "cpu", backend: Backend = "auto", 
     if check:
         check_files(folder, manifest)
     tensors = load_tensors(Path(folder) / WEIGHTS)
-    backend = resolve_backend(backend, device, manifest)
-    return assemble(manifest.model, tensors, manifest.plan, backend, device).to(device)
+    resolved = resolve_backend(backend, device, manifest)
+    model = assemble(manifest.model, tensors, manifest.plan, resolved, device).to(device)
+    if backend == "auto":
+        select_kernels_(model)
+    return model
 
 
 def resolve_backend(backend: Backend, device: str, manifest: Manifest) -> Resolved:

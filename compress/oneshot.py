@@ -17,6 +17,7 @@ from ..models import Sites, adapter_for, find_sites
 from .attach import CompressedWeight, compressed_weights, latent_OI
 from .calibration_rows import gather, is_encoder_decoder
 from .hessian import Hessian, HessianError, InverseFactor, factorise
+from .lockstep import give_back_memory
 from .masks import Pattern
 from .packing import pack_bits, unpack_bits
 from .rules import Unstructured
@@ -103,6 +104,7 @@ def prune_oneshot_(
     blocks = [block.module for block in sites.blocks] if recompute and sites is not None else []
     runs = gather(batches)
     masks = _Masks(targets)
+    give_back_memory()
     done: list[Pruned] = []
     try:
         with evaluating(model):
@@ -129,6 +131,7 @@ def prune_oneshot_(
                             masks.set_later(name, mask_OI)
                             done.append(Pruned(name, str(targets[name].sparsity), walk.tokens, loss, factor.damping))
                     progress(len(done), len(targets))
+        give_back_memory()  # of the passes, before the masks take theirs
         masks.finish_()
     except BaseException:
         masks.restore_()

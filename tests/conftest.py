@@ -8,6 +8,7 @@ from pathlib import Path
 # Before anything imports huggingface_hub, which reads them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["SQUEEZOO_SELECT"] = "off"  # no measuring of kernels, and no table in the user's cache
 
 import pytest
 import torch

@@ -13,15 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from maps import make_sharp, numbers, reference, specs
+from maps import Level, numbers, reference
 from squeezoo.compress.attention import sparse_attention
-from squeezoo.compress.attention_doors import attach_attention_
-from squeezoo.compress.attention_map import activate_attention_
+from squeezoo.compress.attention_map import AttentionMapCompressor
 from squeezoo.compress.masks import Pattern
-from squeezoo.compress.runtime.nm_attention import nm_attention, nm_attention_operator, use_nm_attention_
+from squeezoo.compress.runtime.nm_attention import NmAttention, nm_attention, nm_attention_operator
 from squeezoo.compress.runtime.triton_support import interpreting
-from squeezoo.models.dense import logits
-from tiny import tiny_batch
 from torch import Tensor
 
 DEVICE = "cpu" if interpreting() else "cuda"
@@ -83,9 +80,9 @@ def test_the_reference_vector(case: str) -> None:
     "pattern", ["1:2", "1:4", "2:4", "3:4", "2:8", "7:8", "2:16", "15:16", "3:64", "1:128", "250:256"]
 )
 def test_patterns(pattern: str) -> None:
-    """Both ways of selecting, few and many kept; 300 keys are several tiles and a ragged tail for every M."""
-    keys = 300 if int(pattern.split(":")[1]) > 8 else 131
-    agrees(*inputs(heads=1, groups=1, keys=keys), pattern)
+    """Both ways of selecting, few and many kept; several tiles and a ragged tail for every M."""
+    keys = 300 if int(pattern.split(":")[1]) > 64 else 131
+    agrees(*inputs(heads=1, groups=1, queries=4, keys=keys), pattern)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -147,7 +144,7 @@ def test_a_row_without_a_valid_key_is_zero(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "2:16"])
-@pytest.mark.parametrize(("queries", "keys"), [(9, 9), (3, 40), (70, 70)])
+@pytest.mark.parametrize(("queries", "keys"), [(9, 9), (3, 40), (70, 66)])
 def test_causal(queries: int, keys: int, pattern: str) -> None:
     """Against an explicit triangular mask: alone and beside a padding mask."""
     q, k, v = inputs(queries=queries, keys=keys, heads=1, groups=1)
@@ -199,7 +196,7 @@ def test_nan_stays_in_its_row() -> None:
     assert torch.equal(found[0, 1], expected[0, 1])
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_scores(seed: int) -> None:
     """Continuous values without ties: sums in another order move scores by 1e-6, too little to change the choice."""
     generator = torch.Generator().manual_seed(seed)
@@ -219,17 +216,16 @@ def test_the_operator_keeps_torchs_rules() -> None:
 
 
 @torch.no_grad()
-def test_a_model_runs_through_the_kernel() -> None:
-    """Expected: logits of the same model with its maps computed by ``sparse_attention``; padding mask included."""
-    model = make_sharp("bert").to(DEVICE)
-    batch = {name: x.to(DEVICE) for name, x in tiny_batch("bert", n=2).items()}
-    attach_attention_(model, specs(model))
-    activate_attention_(model)
-    expected = logits(model, batch)
-    names = use_nm_attention_(model)
-    assert len(names) == 2
-    calls = []
-    compressor = model.get_submodule(f"{names[0]}.attention_map")
-    compressor.kernel.register_forward_hook(lambda module, args, out: calls.append(out is not None))
-    torch.testing.assert_close(logits(model, batch), expected, rtol=1e-4, atol=1e-5)
-    assert calls == [True]
+def test_an_attached_map_runs_through_the_kernel() -> None:
+    """Expected: what the compressor gave before, without probabilities; in training it computes as before."""
+    q, k, v = inputs(batch=2, queries=5, keys=13)
+    compressor = AttentionMapCompressor(Pattern(2, 4), q=Level("q")).to(DEVICE).eval()
+    compressor.active = True
+    mask = torch.ones(2, 1, 1, 13, dtype=torch.bool, device=DEVICE)
+    mask[1, ..., 9:] = False
+    expected, _ = compressor(q, k, v, mask, 0.3, 0.0, 3)
+    compressor.kernel = NmAttention(Pattern(2, 4), renormalize=False)
+    found, probs = compressor(q, k, v, mask, 0.3, 0.0, 3)
+    assert probs is None
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    assert compressor.train()(q, k, v, mask, 0.3, 0.0, 3)[1] is not None

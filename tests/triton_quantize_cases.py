@@ -16,7 +16,7 @@ from squeezoo.compress.quantizers import InputQuantization
 from squeezoo.compress.runtime import triton_quantize
 from squeezoo.compress.runtime.cuda_waiting import LevelsNorm, waiting_levels
 from squeezoo.compress.runtime.inputs import fake_quantize
-from squeezoo.compress.runtime.triton_quantize import Int8Levels, finish, layer_norm, quantize, quantize_rows
+from squeezoo.compress.runtime.triton_quantize import Int8Levels, finish, layer_norm, quantize, quantize_rows, rounded
 from squeezoo.compress.runtime.triton_support import interpreting
 from torch import Tensor, nn
 
@@ -60,6 +60,9 @@ def test_levels_are_those_of_the_reference(name: str, dtype: torch.dtype) -> Non
     assert level_TI.dtype == torch.int8
     again = (level_TI.float() - levels.shift) * levels.scale
     torch.testing.assert_close(again.cpu(), fake_quantize(x_TI.cpu().float(), found), rtol=1e-6, atol=1e-6)
+    floats = rounded(x_TI, levels, torch.float32)
+    torch.testing.assert_close(floats, again, rtol=1e-6, atol=1e-6)
+    assert rounded(x_TI, levels, torch.float16).dtype == torch.float16
     assert int(level_TI.min()) - levels.shift >= levels.low
     assert int(level_TI.max()) - levels.shift <= levels.high
     ties = quantize(

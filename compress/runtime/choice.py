@@ -107,13 +107,13 @@ class Choice:
         return cls(tuple(segments))
 
 
-def winner(medians: Mapping[str, float], preferred: str | None) -> str:
+def winner(seconds: Mapping[str, float], preferred: str | None) -> str:
     """The fastest kernel; the preferred one where it is slower by `MARGIN` at most; the first among equals.
 
     Args:
-        medians: seconds by kernel. preferred: what the built-in rule says.
+        seconds: of one call, by kernel. preferred: what the built-in rule says.
     """
-    best = min(medians, key=lambda kernel: medians[kernel])
-    if preferred is not None and preferred in medians and medians[preferred] <= medians[best] * (1 + MARGIN):
+    best = min(seconds, key=lambda kernel: seconds[kernel])
+    if preferred is not None and preferred in seconds and seconds[preferred] <= seconds[best] * (1 + MARGIN):
         return preferred
     return best

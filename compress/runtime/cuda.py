@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ...models.adapter import Gemm, Sites
 from .choice import EVER, Choice
 from .cpu import _fused_ffns, _shared_inputs
-from .cuda_linear import INT8, CudaGemm, CudaOptions, FloatGemm
+from .cuda_linear import CudaGemm
 from .cuda_modules import CudaFfn, CudaLinear, CudaSlice, TracedInput, runtime_modules
+from .cuda_source import INT8, CudaOptions, FloatGemm
 from .cuda_support import CUDA_BACKENDS, CudaBackend, CudaError, cuda_capability
 from .cuda_waiting import use_levels_norms_
 from .reference import QuantizedGemm, planned_gemms

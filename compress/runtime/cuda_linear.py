@@ -5,8 +5,8 @@
 Kernels, by name (``cuda_support.CUDA_BACKENDS``): ``sparse_int8`` and ``sparse_half`` read the 2:4 form through
 cuSPARSELt, ``dense_int8`` and ``dense_half`` the whole matrix, ``sparse_fp8`` rounds weight and input anew to float8
 and is offered on request only. The integer ones compute exact sums of the reference's levels. ``*_half`` multiply the
-dequantized weight in the model's dtype (16 bit; ``dense_half`` also float32) and leave 8-bit inputs unrounded, which is
-closer to the float model than the reference is; coarser inputs are rounded.
+dequantized weight in the model's dtype (16 bit; ``dense_half`` also float32) with inputs rounded to their static
+levels, since a model trained with them relies on their ends; a dynamic range ends at its input, and is not rounded.
 
 Legend: T rows (tokens of the whole batch), I in_features, O out_features.
 """
@@ -14,65 +14,22 @@ Legend: T rows (tokens of the whole batch), I in_features, O out_features.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..masks import Pattern, check_nm
 from ..quantizers import InputQuantization, affine_step
 from ..quantizers.rounding import no_zero_scale
 from .choice import EVER, Choice, Workload
 from .cuda_layout import Layout, built
 from .cuda_ops import DEFAULT_ALGORITHM, Algorithm, multiply, search, searched_rows, sparse_mm_operator
-from .cuda_support import CUDA_BACKENDS, CudaBackend, check_finite, cuda_capability, fused_scales, supported, works
+from .cuda_source import FP8_MAX, INT8, CudaOptions, FloatGemm, dense_numbers, runnable, static_levels, vectors
+from .cuda_support import CudaBackend, check_finite, fused_scales
 from .cuda_waiting import waiting_levels
-from .inputs import fake_quantize
 from .int8_gemm import Activation
 from .reference import QuantizedGemm
-from .triton_quantize import Int8Levels, activated, finish, quantize, quantize_rows
-
-INT8: tuple[CudaBackend, ...] = ("sparse_int8", "dense_int8")
-_FP8_MAX = 448.0  # of float8_e4m3fn
-
-
-@dataclass(frozen=True, eq=False)
-class FloatGemm:
-    """A weight matrix whose recipe prunes but does not quantize it. weight_OI, bias_O: floating point."""
-
-    name: str
-    weight_OI: Tensor = field(repr=False)
-    bias_O: Tensor | None = field(default=None, repr=False)
-
-    @property
-    def out_features(self) -> int:
-        return self.weight_OI.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.weight_OI.shape[1]
-
-
-@dataclass(frozen=True)
-class CudaOptions:
-    """How all GEMMs of one model run.
-
-    Args:
-        dtype: of the activations between them. device: ``cuda``, or ``cpu`` for tests: the same arithmetic, slowly.
-        dynamic: the range of a dynamic input is that of the whole ``tensor``, as in the reference, or of each ``token``
-            (symmetric; finer and in one kernel).
-        allow_fp8: offer ``sparse_fp8``. check_finite: refuse NaN and infinity in every input; waits for the device.
-        algorithms: found by cuSPARSELt's search, for all GEMMs of one shape. search: look for them.
-    """
-
-    dtype: torch.dtype = torch.bfloat16
-    device: str = "cuda"
-    dynamic: Literal["tensor", "token"] = "tensor"
-    allow_fp8: bool = False
-    check_finite: bool = False
-    search: bool = True
-    algorithms: dict[tuple[Any, ...], Algorithm] = field(default_factory=dict, repr=False)
+from .triton_quantize import activated, finish, quantize, quantize_rows, rounded
 
 
 class CudaGemm:
@@ -100,17 +57,16 @@ class CudaGemm:
         self.name, self.out_features, self.in_features = source.name, source.out_features, source.in_features
         self.activation, self.takes_levels = activation, takes_levels
         self.input = source.input if isinstance(source, QuantizedGemm) else None
-        self.levels = _static_levels(self.input)
-        self.emitted = _static_levels(next_input)
+        self.levels = static_levels(self.input)
+        self.emitted = static_levels(next_input)
         self._layouts: dict[str, Layout] = {}
-        self._vectors: dict[str, Tensor | None] = {}
-        self._names = self._runnable()
+        self._names = runnable(source, options)
         self._fused = (False, False)
         if self.sparse:
             sparse_mm_operator()
             if "sparse_int8" in self._names and options.dtype != torch.float32:
                 self._fused = fused_scales(options.dtype, options.device)
-        self._make_vectors()
+        self._vectors = vectors(source, options, self.levels, self._names)
         self.choose = Choice(((EVER, self._names[0]),))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -244,9 +200,8 @@ class CudaGemm:
 
     def _half(self, backend: CudaBackend, x_TI: Tensor) -> Tensor:
         dtype = self.options.dtype
-        if self.input is not None and self.input.bits < 8 and self.input.kind == "static":
-            x_TI = fake_quantize(x_TI, self.input)
-        layout, bias_O, x_TI = self._layout(backend), self._vectors["half_bias"], x_TI.to(dtype)
+        x_TI = x_TI.to(dtype) if self.levels is None else rounded(x_TI, self.levels, dtype)
+        layout, bias_O = self._layout(backend), self._vectors["half_bias"]
         algorithm = self._algorithm(layout, x_TI, None, bias_O, dtype)
         y_TO = multiply(layout, x_TI, None, bias_O, out_dtype=dtype, algorithm=algorithm)
         return activated(y_TO, self.activation)
@@ -255,11 +210,11 @@ class CudaGemm:
         layout, scale_O = self._layout("sparse_fp8"), self._vectors["fp8"]
         assert scale_O is not None
         if self.levels is None:
-            scale = no_zero_scale(x_TI.abs().amax().float() / _FP8_MAX)
+            scale = no_zero_scale(x_TI.abs().amax().float() / FP8_MAX)
         else:
             largest = self.levels.scale * max(-self.levels.low, self.levels.high)
-            scale = scale_O.new_full((), largest / _FP8_MAX)
-        x8_TI = (x_TI.float() / scale).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+            scale = scale_O.new_full((), largest / FP8_MAX)
+        x8_TI = (x_TI.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         algorithm = self._algorithm(layout, x8_TI, None, None, torch.float32)
         y_TO = multiply(layout, x8_TI, out_dtype=torch.float32, algorithm=algorithm)
         return finish(
@@ -286,74 +241,14 @@ class CudaGemm:
 
     # -- preparing
 
-    def _runnable(self) -> tuple[CudaBackend, ...]:
-        on_gpu = torch.device(self.options.device).type == "cuda"
-        capability = cuda_capability(self.options.device) if on_gpu else (9, 0)
-        shape, dtype = (self.out_features, self.in_features), self.options.dtype
-        quantized = isinstance(self.source, QuantizedGemm)
-        two_of_four = check_nm(_weight(self.source), Pattern(2, 4))
-        names: list[CudaBackend] = []
-        for name in CUDA_BACKENDS:
-            if name == "sparse_fp8" and not self.options.allow_fp8:
-                continue
-            runs, _ = supported(name, capability, shape, dtype, two_of_four=two_of_four, quantized=quantized)
-            if runs and (not on_gpu or name == "dense_half" or works(name, dtype, self.options.device)[0]):
-                names.append(name)
-        return tuple(names)
-
-    def _make_vectors(self) -> None:
-        """Scales and biases, float32 [O] on the device (``half_bias`` in the model's dtype, corrections int32)."""
-        device, dtype = self.options.device, self.options.dtype
-        bias_O = None if self.source.bias_O is None else self.source.bias_O.float()
-        found: dict[str, Tensor | None] = dict.fromkeys(("step", "correction", "scale", "sum", "whole_bias", "fp8"))
-        found |= {"bias": bias_O, "half_bias": None if bias_O is None else bias_O.to(dtype)}
-        if isinstance(self.source, QuantizedGemm):
-            sum_O = self.source.weight_q_OI.sum(1, dtype=torch.int32)
-            found |= {"scale": self.source.scale_O, "sum": sum_O}
-            if self.levels is not None:
-                found["step"] = step_O = self.source.scale_O * self.levels.scale
-                whole_O = bias_O
-                if self.levels.shift:
-                    found["correction"] = correction_O = sum_O * -self.levels.shift
-                    whole_O = step_O * correction_O + (0.0 if bias_O is None else bias_O)
-                found["whole_bias"] = whole_O
-        if "sparse_fp8" in self._names:
-            found["fp8"] = no_zero_scale(_dequantized(self.source).abs().amax(1) / _FP8_MAX)
-        self._vectors = {name: None if x is None else x.to(device).contiguous() for name, x in found.items()}
-
     def _layout(self, backend: CudaBackend) -> Layout:
         layout = self._layouts.get(backend)
         if layout is None:
             if backend not in self._names:
                 raise ValueError(f"{self.name}: {backend!r} cannot run here; expected one of {', '.join(self._names)}")
-            layout = self._layouts[backend] = built(backend, self._numbers(backend), self.options.device)
+            numbers_OI = dense_numbers(self.source, backend, self.options.dtype)
+            layout = self._layouts[backend] = built(backend, numbers_OI, self.options.device)
         return layout
-
-    def _numbers(self, backend: CudaBackend) -> Tensor:
-        """The dense matrix in the number format of a kernel, in host memory."""
-        if backend in INT8:
-            return _weight(self.source)
-        w_OI = _dequantized(self.source)
-        if backend == "sparse_fp8":
-            scale_O = no_zero_scale(w_OI.abs().amax(1) / _FP8_MAX)
-            return (w_OI / scale_O[:, None]).to(torch.float8_e4m3fn)
-        return w_OI.to(self.options.dtype)
 
     def _result_dtype(self, backend: CudaBackend) -> torch.dtype:
         return torch.int8 if backend in INT8 and self.emitted is not None else self.options.dtype
-
-
-def _static_levels(found: InputQuantization | None) -> Int8Levels | None:
-    if found is None or found.scale is None or found.zero_point is None:
-        return None
-    return Int8Levels.of(found, found.scale, found.zero_point)
-
-
-def _weight(source: QuantizedGemm | FloatGemm) -> Tensor:
-    return source.weight_q_OI if isinstance(source, QuantizedGemm) else source.weight_OI
-
-
-def _dequantized(source: QuantizedGemm | FloatGemm) -> Tensor:
-    if isinstance(source, QuantizedGemm):
-        return source.weight_q_OI.float() * source.scale_O[:, None]
-    return source.weight_OI.float()

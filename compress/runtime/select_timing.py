@@ -19,7 +19,8 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 15
 DROP_AFTER, DROP_FACTOR = 2, 1.6  # rounds after which a kernel slower than the best by this factor is not timed again
 _SAMPLE_S = 100e-6  # shorter calls are repeated within one sample
 _ENOUGH_S = 0.15  # for one kernel at one number of rows; `MIN_ROUNDS` come first
-_SWEEP_BYTES = 96 << 20
+_SWEEP_BYTES, _SWEEP_S = 64 << 20, 0.006  # how much is read, and about how long that takes
+_BUSY_CALL, _BUSY_RESULT = 3.0, 1.5  # how far above the fastest call others are on a machine that does other things
 
 Clock = Callable[[Callable[[], object], int], float]  # a call, how often -> seconds of one
 
@@ -58,18 +59,17 @@ def compare(
     device: torch.device,
     *,
     cold: bool = False,
-    deadline: float | None = None,
 ) -> dict[str, Sample]:
     """Time all calls by rounds.
 
     Args:
         calls: by kernel. cold: sweep the CPU's cache before each.
-        deadline: of ``time.perf_counter()``; no further round begins after it, but one is always measured.
 
     Returns:
         Samples by kernel; those that fail are left out.
     """
     clock = _cuda_seconds if device.type == "cuda" else _swept_seconds() if cold else _wall_seconds
+    swept = _SWEEP_S if cold else 0.0
     estimates: dict[str, float] = {}
     with torch.inference_mode(), _no_garbage_collection():
         for kernel, call in calls.items():
@@ -86,10 +86,26 @@ def compare(
             for kernel in order:
                 samples[kernel].append(clock(calls[kernel], 1 if cold else times[kernel]))
             spent = max((sum(samples[kernel]) for kernel in left), default=0.0)
-            late = deadline is not None and time.perf_counter() > deadline
-            if late or (number + 1 >= MIN_ROUNDS and spent > _ENOUGH_S):
+            if number + 1 >= MIN_ROUNDS and spent + swept * (number + 1) * len(left) > _ENOUGH_S:
                 break
     return {kernel: Sample.of(found) for kernel, found in samples.items() if found}
+
+
+def steady(samples: Mapping[str, Sample]) -> bool:
+    """Whether the fastest kernel's calls agree, so that nothing else disturbed them."""
+    best = min(samples.values(), key=lambda sample: sample.fastest)
+    return best.median <= _BUSY_RESULT * best.fastest
+
+
+def is_busy(device: torch.device) -> bool:
+    """Whether other processes take the CPU now, so that measuring would be in vain: by some 10 ms of small GEMMs, of
+    which on an idle machine all take about as long. A GPU is not asked."""
+    if device.type != "cpu":
+        return False
+    a, b = torch.ones(256, 256), torch.ones(256, 256)
+    with torch.inference_mode():
+        found = sorted(_wall_seconds(lambda: a @ b, 1) for _ in range(40))
+    return found[-4] > _BUSY_CALL * found[2]
 
 
 def _still_timed(samples: Mapping[str, list[float]], number: int) -> list[str]:

@@ -2,7 +2,7 @@
 
 Each distinct workload of a model is measured once per device; the table lies in the user's cache (``select_cache.py``),
 and what it says is all that a later load needs. Dense float32 is among the kernels, so where it wins, it runs. Decided
-is by the fastest call of each kernel: on a busy machine medians tell more about the others.
+is by the fastest call of each kernel; what was measured while other processes took the CPU is not kept.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from torch import nn
 from .candidates import Named, units_of
 from .choice import Choice, Unit, Workload, winner
 from .select_cache import Times, device_identity, last_level_cache, read_times, table_path, write_times
-from .select_timing import Sample, compare
+from .select_timing import Sample, compare, is_busy, steady
 
 VARIABLE = "SQUEEZOO_SELECT"
 ROWS = (1, 256, 16, 1024, 64, 4)  # in the order of measuring: whatever the budget, the ends are known
 COLD_ROWS = 64  # with more, reading the weights is a small part of a call
 BUDGET_S = 10.0  # for one model on a new device; what does not fit is measured at a later load
-_BUSY = 1.5
 _TOO_LONG_S = 0.4  # a call that takes longer says all that more rows would say
 
 Measure = Literal["auto", "off", "again"]
@@ -89,6 +88,7 @@ def select_kernels_(
     known = {} if measure == "again" else read_times(identity)
     cold = device.type == "cpu" and _weight_bytes(groups) > last_level_cache() // 2
     session = _Session(device, known, cold, tuple(dict.fromkeys(rows)), time.perf_counter() + budget_s, tick)
+    session.patient = measure == "again"
     start = time.perf_counter()
     blocks = session.chosen({workload: found for workload, found in groups.items() if workload.kind == "block"})
     inside = _never_alone(blocks)
@@ -105,14 +105,16 @@ def select_kernels_(
         notes.append(f"the table could not be written: {why}")
     if session.late:
         notes.append(f"{session.late} measurements did not fit into {budget_s:g} s; a later load makes them")
-    if busy := sum(_noisy(samples) for one in chosen for samples in one.times.values()):
-        notes.append(f"the machine was busy during {busy} measurements: when it is not, measure again")
+    if session.disturbed:
+        notes.append(
+            f"other processes disturbed {session.disturbed} measurements; a load on an idle machine makes them"
+        )
     return Selection(chosen, identity, str(table_path(identity)), time.perf_counter() - start, tuple(notes))
 
 
 @dataclass
 class _Session:
-    """The measuring of one model."""
+    """The measuring of one model. ``patient``: even when other processes run."""
 
     device: torch.device
     known: Times
@@ -122,6 +124,8 @@ class _Session:
     tick: Callable[[int, int], None]
     new: Times = field(default_factory=dict)
     late: int = 0
+    disturbed: int = 0
+    patient: bool = False
 
     def chosen(self, groups: Mapping[Workload, list[Named]]) -> tuple[Chosen, ...]:
         """Measure what is missing, decide, and tell the units."""
@@ -157,6 +161,9 @@ class _Session:
         without; the workloads that were measured."""
         missing = [(rows, workload) for rows in self.rows for workload in units if rows not in times[workload]]
         measured: set[Workload] = set()
+        if missing and not self.patient and is_busy(self.device):
+            self.disturbed += len(missing)
+            return measured
         for done, (rows, workload) in enumerate(missing):
             if any(fewer < rows and _too_long(samples) for fewer, samples in times[workload].items()):
                 continue
@@ -167,7 +174,9 @@ class _Session:
             unit, inputs = units[workload], units[workload].example(rows)
             calls = {kernel: _call(unit, kernel, inputs) for kernel in unit.kernels()}
             samples = compare(calls, self.device, cold=self.cold and rows <= COLD_ROWS)
-            if samples:
+            if samples and not steady(samples):
+                self.disturbed += 1
+            elif samples:
                 times[workload][rows] = samples
                 self.new.setdefault(self._key(workload), {})[rows] = samples
                 measured.add(workload)
@@ -185,11 +194,6 @@ def decide(times: Mapping[int, Mapping[str, Sample]], preferred: Callable[[int],
 
 def _too_long(samples: Mapping[str, Sample]) -> bool:
     return max(sample.fastest for sample in samples.values()) > _TOO_LONG_S
-
-
-def _noisy(samples: Mapping[str, Sample]) -> bool:
-    """Whether every kernel's median is far above its fastest call: other processes were running."""
-    return all(sample.median > _BUSY * sample.fastest for sample in samples.values())
 
 
 def _names(found: Iterable[Named]) -> tuple[str, ...]:

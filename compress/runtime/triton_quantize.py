@@ -61,6 +61,22 @@ def quantize(x_TI: Tensor, levels: Int8Levels) -> Tensor:
     return level_TI
 
 
+def rounded(x_TI: Tensor, levels: Int8Levels, dtype: torch.dtype) -> Tensor:
+    """``x_TI`` rounded and clipped to its levels, as ``dtype``: what a kernel without integers multiplies."""
+    if not fused_kernels(x_TI):
+        return ((x_TI.float() / levels.scale).round().clamp(levels.low, levels.high) * levels.scale).to(dtype)
+    from . import triton_quantize_kernels as kernels
+
+    x_TI = x_TI.contiguous()
+    out_TI = torch.empty_like(x_TI, dtype=dtype)
+    if size := x_TI.numel():
+        with _on(x_TI):
+            kernels.round_kernel[(-(-size // 2048),)](
+                x_TI, out_TI, size, levels.scale, float(levels.low), float(levels.high), BLOCK=2048
+            )
+    return out_TI
+
+
 def quantize_rows(x_TI: Tensor, highest: int = 127) -> tuple[Tensor, Tensor]:
     """int8 levels -highest..highest and float32 scales [T], each row by its largest magnitude (per token)."""
     if not fused_kernels(x_TI) or x_TI.shape[1] > _WIDEST:

@@ -15,11 +15,16 @@ import triton.language as tl
 
 
 @triton.jit
-def _levels(x, scale, low, high, shift):
-    """clamp(round(x / scale), low, high) + shift as int8; a NaN becomes some level."""
+def _steps(x, scale, low, high):
+    """clamp(round(x / scale), low, high), float32."""
     step = tl.minimum(tl.maximum(tl.div_rn(x, scale), low), high)
-    step = (step + 12582912.0) - 12582912.0
-    return (step.to(tl.int32) + shift).to(tl.int8)
+    return (step + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _levels(x, scale, low, high, shift):
+    """The steps + shift as int8; a NaN becomes some level."""
+    return (_steps(x, scale, low, high).to(tl.int32) + shift).to(tl.int8)
 
 
 @triton.jit
@@ -28,6 +33,14 @@ def quantize_kernel(x_ptr, level_ptr, size, scale, low, high, shift, BLOCK: tl.c
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
     tl.store(level_ptr + at, _levels(x, scale, low, high, shift), mask=at < size)
+
+
+@triton.jit
+def round_kernel(x_ptr, out_ptr, size, scale, low, high, BLOCK: tl.constexpr):
+    """Element by element: the nearest level as a number."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, (_steps(x, scale, low, high) * scale).to(out_ptr.dtype.element_ty), mask=at < size)
 
 
 @triton.jit

@@ -46,8 +46,9 @@ def test_the_kernels_in_tritons_interpreter() -> None:
 
 @needs_triton
 @pytest.mark.skipif(triton_support.interpreting(), reason="Triton interprets here, so nothing is compiled")
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name", ["nm_attention_small", "nm_attention_large"])
+@pytest.mark.parametrize(
+    ("name", "capability"), [("nm_attention_small", 80), ("nm_attention_small", 90), ("nm_attention_large", 90)]
+)
 def test_the_kernel_compiles_for_gpus(
     name: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
