@@ -2,7 +2,7 @@
 
 Baselines: eager float32 with and without TF32, bfloat16 with fused attention, the same compiled and in a CUDA graph.
 Ours: the CUDA runtime as ``load`` gives it, and in a CUDA graph. Cells go to ``results/gpu-<environment>.json`` one by
-one; a second run measures only what is missing or stale. ``python -m squeezoo.bench_gpu --help`` lists what can be chosen.
+one; a second run measures only what is missing or stale. ``python -m squeezoo.bench_gpu --help`` lists the choices.
 """
 
 from __future__ import annotations
