@@ -5,14 +5,16 @@
 
 namespace sq {
 
-// A packed matrix. `panels` is laid out by sq_pack; bias_O may be null; activation is one of activation.h.
+// A packed matrix. `panels` is laid out by sq_pack; bias_O may be null; activation is one of activation.h. `span`: so
+// many inputs of which at most 4 have weights other than 0 share one multiplication (8: 2:4 and 4:8; 16: 1:4, 2:8, 4:16;
+// the inputs are then a multiple of 16); 4: dense.
 struct Gemm {
     const int8_t* panels;
     const int32_t* sum_O;
     const float* scale_O;
     const float* bias_O;
     int64_t outputs, inputs;
-    int32_t activation;
+    int32_t activation, span;
 };
 
 // activation(scale * scale_O * ((level_TI - zero_point) @ q_OI^T) + bias_O + residual_TO) as floats, or as the levels

@@ -7,6 +7,7 @@ All tensors are on the CPU and float32 unless said otherwise; the caller sees to
 from __future__ import annotations
 
 import ctypes
+import time
 from ctypes import addressof
 from functools import cache
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from .build import BuildError
 from .library import CAttention, CGemm, CMask, CNorm, c_levels, load
 
 _ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
+DENSE_SPAN = 4
 MAX_INPUTS = 65_536  # 255 * 127 * 65,536 is the largest sum that an int32 holds
 
 
@@ -29,11 +31,15 @@ def supported(out_features: int, in_features: int) -> bool:
 
 
 class NativeGemm:
-    """One weight matrix laid out for the kernel, 1 byte per weight.
+    """One weight matrix laid out for the kernel, at most 1 byte per weight.
 
     Args:
         weight_q_OI: int8 [O, I]. scale_O: float32 [O], dense. bias_O: float32 [O], dense, or None.
         activation: applied to the result.
+        sparse: leave out zeros where the weights allow it (2:4, 4:8, 1:4, 2:8, 4:16 along I, and I a multiple of 16);
+            None: where this is faster on this CPU. The result is the same to the bit.
+
+    ``span``: how many inputs share one multiplication of 4; 4 is dense.
     """
 
     def __init__(
@@ -42,22 +48,28 @@ class NativeGemm:
         scale_O: Tensor,
         bias_O: Tensor | None,
         activation: Literal["gelu", "gelu_tanh", "relu"] | None = None,
+        sparse: bool | None = None,
     ) -> None:
         self._library = load()
         self.out_features, self.in_features = weight_q_OI.shape
-        size = self._library.sq_packed_size(self.out_features, self.in_features)
         weight_q_OI = weight_q_OI.contiguous()
+        self.span = DENSE_SPAN
+        if sparse is not False:
+            self.span = self._library.sq_span(weight_q_OI.data_ptr(), self.out_features, self.in_features)
+            if sparse is None and self.span != DENSE_SPAN and not sparse_is_faster():
+                self.span = DENSE_SPAN
+        size = self._library.sq_packed_size(self.out_features, self.in_features, self.span)
         self._panels = aligned_bytes(size)
         sum_O = torch.empty(self.out_features, dtype=torch.int32)
         self._library.sq_pack(
-            weight_q_OI.data_ptr(), self.out_features, self.in_features,
+            weight_q_OI.data_ptr(), self.out_features, self.in_features, self.span,
             self._panels.data_ptr(), sum_O.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         self._kept = (sum_O, scale_O, bias_O)
         bias = None if bias_O is None else bias_O.data_ptr()
         self.record = CGemm(
             self._panels.data_ptr(), sum_O.data_ptr(), scale_O.data_ptr(), bias,
-            self.out_features, self.in_features, _ACTIVATIONS[activation],
+            self.out_features, self.in_features, _ACTIVATIONS[activation], self.span,
         )  # fmt: skip
         self._at = addressof(self.record)
 
@@ -94,6 +106,25 @@ def available() -> tuple[bool, str]:
     if not _is_exact():
         return False, "the native kernels do not add up exactly on this CPU"
     return True, "native kernels with AVX-512 VNNI"
+
+
+@cache
+def sparse_is_faster() -> bool:
+    """Whether 2:4 weights multiply faster without their zeros on this CPU: it is if it shuffles beside multiplying.
+    Measured once per process, in some milliseconds."""
+    weight_OI = torch.tensor([[1, 0, 0, 1]], dtype=torch.int8).repeat(512, 96)
+    level_TI, levels = torch.ones(60, weight_OI.shape[1], dtype=torch.uint8), Levels(1.0, 0, 0, 255)
+    fastest = []
+    for sparse in (True, False):
+        gemm = NativeGemm(weight_OI, torch.ones(weight_OI.shape[0]), None, sparse=sparse)
+        fastest.append(min(_seconds(gemm, level_TI, levels) for _ in range(9)))
+    return fastest[0] < fastest[1]
+
+
+def _seconds(gemm: NativeGemm, level_TI: Tensor, levels: Levels) -> float:
+    start = time.perf_counter()
+    gemm(level_TI, levels)
+    return time.perf_counter() - start
 
 
 def _is_exact() -> bool:
@@ -154,17 +185,19 @@ def attention(
     scale: float | None = None,
     causal: bool = False,
     levels: Levels | None = None,
+    bfloat16: bool = False,
 ) -> Tensor:
     """softmax(scale Q K^T + mask) V in float32 → [B, Q, H * D], or as uint8 levels.
 
     The last axis of q, k and v is dense, the others have any stride; H is a multiple of G. ``mask``: bool (True =
     valid) or float32 (added), broadcastable to [B, H, Q, K]. A query without a valid key gives 0. ``causal``: the last
-    query sees all keys, each one before it one less.
+    query sees all keys, each one before it one less. ``bfloat16``: round Q, K, V and P to bfloat16 where this CPU
+    multiplies such numbers (:func:`has_bfloat16`); scores and sums stay float32.
     """
     (batch, queries, heads, width), keys = q_BQHD.shape, k_BKGD.shape[1]
     shape = CAttention(
         batch, heads, queries, keys, width, _strides(q_BQHD), _strides(k_BKGD), _strides(v_BKGD),
-        heads // k_BKGD.shape[2], width**-0.5 if scale is None else scale, int(causal),
+        heads // k_BKGD.shape[2], width**-0.5 if scale is None else scale, int(causal), int(bfloat16),
     )  # fmt: skip
     expanded, record = mask_record(mask, batch, heads, queries, keys)
     out = torch.empty((batch, queries, heads * width), dtype=torch.float32 if levels is None else torch.uint8)
@@ -175,6 +208,11 @@ def attention(
     )  # fmt: skip
     del expanded
     return out
+
+
+def has_bfloat16() -> bool:
+    """Whether the attention kernel can work in bfloat16 here: AVX512_BF16 and AVX512_VBMI. Needs the library."""
+    return bool(load().sq_has_bfloat16())
 
 
 def mask_record(mask: Tensor | None, batch: int, heads: int, queries: int, keys: int) -> tuple[Tensor | None, CMask]:

@@ -22,7 +22,7 @@ class CLevels(ctypes.Structure):
 class CGemm(ctypes.Structure):
     _fields_ = [
         ("panels", _P), ("sum_O", _P), ("scale_O", _P), ("bias_O", _P),
-        ("outputs", _I64), ("inputs", _I64), ("activation", _I32),
+        ("outputs", _I64), ("inputs", _I64), ("activation", _I32), ("span", _I32),
     ]  # fmt: skip
 
 
@@ -34,7 +34,7 @@ class CAttention(ctypes.Structure):
     _fields_ = [
         ("batch", _I64), ("heads", _I64), ("queries", _I64), ("keys", _I64), ("width", _I64),
         ("q_stride", _I64 * 3), ("k_stride", _I64 * 3), ("v_stride", _I64 * 3),
-        ("heads_per_group", _I64), ("scale", _F32), ("causal", _I32),
+        ("heads_per_group", _I64), ("scale", _F32), ("causal", _I32), ("bfloat16", _I32),
     ]  # fmt: skip
 
 
@@ -47,7 +47,7 @@ class CBlock(ctypes.Structure):
         ("qkv", CGemm), ("out", CGemm), ("up", CGemm), ("down", CGemm),
         ("of_qkv", CLevels), ("of_out", CLevels), ("of_up", CLevels), ("of_down", CLevels),
         ("attention_norm", CNorm), ("ffn_norm", CNorm),
-        ("heads", _I64), ("head_width", _I64), ("scale", _F32), ("norm_first", _I32),
+        ("heads", _I64), ("head_width", _I64), ("scale", _F32), ("norm_first", _I32), ("bfloat16", _I32),
     ]  # fmt: skip
 
 
@@ -58,11 +58,13 @@ def c_levels(levels: Levels) -> CLevels:
 
 
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
-    "sq_packed_size": (_I64, [_I64, _I64]),
-    "sq_pack": (None, [_P, _I64, _I64, _P, _P, _I32]),
+    "sq_span": (_I32, [_P, _I64, _I64]),
+    "sq_packed_size": (_I64, [_I64, _I64, _I32]),
+    "sq_pack": (None, [_P, _I64, _I64, _I32, _P, _P, _I32]),
     "sq_gemm": (None, [_P, _P, _I64, _I64, _F32, _I32, _P, _P, _P, _I32]),
     "sq_quantize": (None, [_P, _I64, _I64, _P, _P, _I32]),
     "sq_normalize": (None, [_P, _I64, _P, _P, _P, _P, _I32]),
+    "sq_has_bfloat16": (_I32, []),
     "sq_attention": (None, [_P, _P, _P, _P, _P, _P, _P, _I32]),
     "sq_block": (None, [_P, _P, _I64, _I64, _P, _P, _I32]),
 }
