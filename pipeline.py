@@ -17,7 +17,8 @@ from typing import Any
 from torch import nn
 
 from . import __version__
-from .compress.checkpoint import MANIFEST, Backend, Manifest, load, load_manifest
+from .compress.backends import Backend
+from .compress.checkpoint import MANIFEST, Manifest, load, load_manifest
 from .compress.engine import read_provenance
 from .compress.train_data import TrainData
 from .eval import get_task

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .compress.checkpoint import Backend, load
+from .compress.backends import Backend
+from .compress.checkpoint import load
 from .compress.engine import Compressed, compress, train_dense
 from .compress.recipe import Recipe, RecipeError
 from .compress.stages import Finetune

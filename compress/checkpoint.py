@@ -16,7 +16,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,26 +30,20 @@ from ..models.example import example_batch
 from ..models.folders import save_config
 from .atomic import recover_, replaced_folder, sha256
 from .attention_doors import attach_attention_
+from .backends import Backend, CheckpointError, Resolved, resolve_backend
 from .pack import pack, unpack, without_tied
 from .plan import Plan
 from .quantizers import map_quantizer
 from .recipe import Recipe
-from .runtime import int8_supported, use_int8_, use_int8_embeddings_, use_quantized_inputs_
+from .runtime import use_int8_, use_int8_embeddings_, use_quantized_inputs_
 from .runtime.cuda import use_cuda_
 from .runtime.cuda_source import CudaOptions
-from .runtime.cuda_support import CudaError, cuda_capability
 from .runtime.inputs import stretch_
 from .runtime.nm_attention import use_nm_attention_
 from .runtime.selection import select_kernels_
 from .upgrade import FORMAT_VERSION, upgraded
 
 MANIFEST, WEIGHTS, GOLDEN = "squeezoo.json", "weights.safetensors", "golden.safetensors"
-Backend = Literal["auto", "int8", "cuda", "reference", "dense"]
-Resolved = Literal["int8", "cuda", "reference", "dense"]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, damaged, of another format, or cannot run here."""
 
 
 @dataclass(frozen=True)
@@ -208,36 +202,11 @@ def load(folder: str | Path, *, device: str = "cpu", backend: Backend = "auto", 
     if check:
         check_files(folder, manifest)
     tensors = load_tensors(Path(folder) / WEIGHTS)
-    resolved = resolve_backend(backend, device, manifest)
+    resolved = resolve_backend(backend, device, manifest.plan, manifest.recipe.name)
     model = assemble(manifest.model, tensors, manifest.plan, resolved, device).to(device)
     if backend == "auto":
         select_kernels_(model)
     return model
-
-
-def resolve_backend(backend: Backend, device: str, manifest: Manifest) -> Resolved:
-    if backend not in ("auto", "int8", "cuda", "reference", "dense"):
-        raise CheckpointError(f"unknown backend {backend!r}; allowed: auto, int8, cuda, reference, dense")
-    if device.startswith("cuda") and backend != "int8":
-        try:
-            cuda_capability(device)
-        except CudaError as error:
-            if backend == "cuda" or not torch.cuda.is_available():
-                raise CheckpointError(str(error)) from error
-            return "dense" if backend == "dense" else "reference"
-        return "cuda" if backend == "auto" else backend
-    if backend == "cuda":
-        raise CheckpointError(f"backend cuda runs on a CUDA device, not on {device}: write device='cuda'")
-    if backend in ("reference", "dense"):
-        return backend
-    supported, reason = int8_supported()
-    if not device.startswith("cpu"):
-        supported, reason = False, f"the int8 backend runs on the CPU, not on {device}"
-    if not any(gemm.input for gemm in manifest.plan.gemms):
-        supported, reason = False, f"recipe {manifest.recipe.name} has no GEMM with quantized inputs"
-    if backend == "int8" and not supported:
-        raise CheckpointError(f"backend int8 cannot run: {reason}; use backend='reference'")
-    return "int8" if supported else "reference"
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -9,18 +9,8 @@ from typing import Any
 import torch
 
 from ..models.dense import logits
-from .checkpoint import (
-    GOLDEN,
-    WEIGHTS,
-    CheckpointError,
-    Resolved,
-    assemble,
-    check_files,
-    load_manifest,
-    load_tensors,
-    relative_distance,
-    resolve_backend,
-)
+from .backends import CheckpointError, Resolved, resolve_backend
+from .checkpoint import GOLDEN, WEIGHTS, assemble, check_files, load_manifest, load_tensors, relative_distance
 from .runtime import int8_supported
 
 # The reference repeats the arithmetic that made the golden output; on another CPU the order of float sums differs. The
@@ -71,7 +61,7 @@ def verify(folder: str | Path) -> Verification:
 
     flips = SENSITIVITY_FACTOR * manifest.flip_sensitivity
     reference_error = error("reference", max(REFERENCE_TOLERANCE, flips))
-    runnable = resolve_backend("auto", "cpu", manifest) == "int8"
+    runnable = resolve_backend("auto", "cpu", manifest.plan, manifest.recipe.name) == "int8"
     reason = (
         ""
         if runnable

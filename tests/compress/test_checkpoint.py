@@ -1,19 +1,22 @@
 """Checkpoints: what is stored comes back, damage is named, a failed save loses nothing."""
 
 import atexit
+import dataclasses
 import json
 import shutil
 import tempfile
+import warnings
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from squeezoo.compress import atomic, checkpoint
+from squeezoo.compress import atomic, backends, checkpoint
 from squeezoo.compress.attach import attach_, fold_, prune_
+from squeezoo.compress.backends import CheckpointError
 from squeezoo.compress.calibrate import calibrate_
-from squeezoo.compress.checkpoint import CheckpointError, check_files, load, load_manifest, save_checkpoint
+from squeezoo.compress.checkpoint import check_files, load, load_manifest, save_checkpoint
 from squeezoo.compress.pack import PackError, pack, unpack
 from squeezoo.compress.plan import make_plan
 from squeezoo.compress.recipe import Recipe
@@ -251,3 +254,21 @@ def test_saving_again_replaces_the_whole_folder(tmp_path):
     assert not (folder / "stale.txt").exists()
     assert load_manifest(folder).plan.adapter == "vit"
     shutil.rmtree(folder)
+
+
+def test_a_cpu_without_int8_falls_back_and_says_so_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on a CPU without VNNI: the reference, one warning per process that says why; asked for by name, an error; no
+    warning about a recipe that quantizes nothing."""
+    monkeypatch.setattr(backends, "int8_supported", lambda: (False, "the CPU is too old"))
+    backends._say_slower.cache_clear()
+    manifest = load_manifest(saved(tmp_path / "c"))
+    plan = manifest.plan
+    with pytest.warns(RuntimeWarning, match=r"the CPU is too old.*float32 reference.*backend='dense'"):
+        assert backends.resolve_backend("auto", "cpu", plan, "r") == "reference"
+    floats = dataclasses.replace(plan, gemms=tuple(dataclasses.replace(gemm, input=None) for gemm in plan.gemms))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.resolve_backend("auto", "cpu", plan, "r") == "reference"
+        assert backends.resolve_backend("auto", "cpu", floats, "r") == "reference"
+    with pytest.raises(CheckpointError, match="backend int8 cannot run: the CPU is too old"):
+        backends.resolve_backend("int8", "cpu", plan, "r")

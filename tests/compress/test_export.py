@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from squeezoo.compress.attach import attach_, prune_
+from squeezoo.compress.backends import CheckpointError
 from squeezoo.compress.calibrate import calibrate_
-from squeezoo.compress.checkpoint import CheckpointError, load, load_manifest, save_checkpoint
+from squeezoo.compress.checkpoint import load, load_manifest, save_checkpoint
 from squeezoo.compress.compressed_tensors import pack_to_int32, quantization_config
 from squeezoo.compress.export import ExportError, export
 from squeezoo.compress.matrix import read_matrix

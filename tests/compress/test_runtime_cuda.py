@@ -16,8 +16,8 @@ from cuda_models import pruned_model, sites_of
 from gemms import DYNAMIC, TOY, Toy, random_gemm, symmetric
 from squeezed import pruned
 from squeezoo.compress import checkpoint
+from squeezoo.compress.backends import CheckpointError, _say_slower, resolve_backend
 from squeezoo.compress.checkpoint import (
-    CheckpointError,
     assemble,
     load,
     load_manifest,
@@ -254,12 +254,15 @@ def test_an_old_gpu_takes_the_reference(monkeypatch: pytest.MonkeyPatch, tmp_pat
         cuda_capability("cuda")
     saved("gpusq-gemm-int8", tmp_path / "c")
     manifest = load_manifest(tmp_path / "c")
-    assert checkpoint.resolve_backend("auto", "cuda", manifest) == "reference"
-    assert checkpoint.resolve_backend("dense", "cuda", manifest) == "dense"
+    _say_slower.cache_clear()
+    how = (manifest.plan, manifest.recipe.name)
+    with pytest.warns(RuntimeWarning, match=r"Old GPU has compute capability 7\.5.*runs as the float32 reference"):
+        assert resolve_backend("auto", "cuda", *how) == "reference"
+    assert resolve_backend("dense", "cuda", *how) == "dense"
     with pytest.raises(CheckpointError, match="Old GPU"):
-        checkpoint.resolve_backend("cuda", "cuda", manifest)
+        resolve_backend("cuda", "cuda", *how)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    assert checkpoint.resolve_backend("auto", "cuda", manifest) == "cuda"
+    assert resolve_backend("auto", "cuda", *how) == "cuda"
     assert cuda_capability("cuda") == (8, 0)
 
 
