@@ -101,7 +101,13 @@ class BlockUnit:
 
     def workload(self) -> Workload:
         qkv, _, up, _ = self.forward.gemms
-        flags = (*([up.activation] if up.activation else []), *(["norm_first"] if self.forward.norm_first else []))
+        kinds = {
+            up.activation or "": up.activation is not None,
+            "norm_first": self.forward.norm_first,
+            "float32_attention": not self.forward.bfloat16,
+            "int8_attention": self.forward.map_levels() is not None,
+        }
+        flags = tuple(flag for flag, there in kinds.items() if there)
         return Workload("block", (qkv.in_features, up.out_features, self.forward.heads), flags)
 
     def example(self, rows: int) -> tuple[Tensor, ...]:

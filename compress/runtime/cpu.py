@@ -72,7 +72,11 @@ def int8_supported() -> tuple[bool, str]:
 
 
 def use_int8_(
-    model: nn.Module, sites: Sites, gemms: Mapping[str, QuantizedGemm], fuse_blocks: bool = True
+    model: nn.Module,
+    sites: Sites,
+    gemms: Mapping[str, QuantizedGemm],
+    fuse_blocks: bool = True,
+    bfloat16_attention: bool = True,
 ) -> Int8Report:
     """Replace the named GEMM modules of ``model`` by int8 modules, in place, and leave it in evaluation mode.
 
@@ -85,6 +89,9 @@ def use_int8_(
         sites: of this very model, found before.
         gemms: by module name; block GEMMs and ``sites.final``, all or some of them.
         fuse_blocks: run whole encoder blocks as one native call, where native kernels and the adapter's form allow it.
+        bfloat16_attention: such blocks round Q, K, V and P to bfloat16 where the CPU has AVX512_BF16, which doubles the
+            speed of their attention (whose output is rounded to int8 levels right after; scores and sums stay float32).
+            False: exact in float32.
 
     Raises:
         ValueError: see :func:`planned_gemms`. Nothing has been changed then.
@@ -114,7 +121,7 @@ def use_int8_(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
     model.eval()
-    blocks = fuse_blocks_(model, sites) if fuse_blocks and pairs else ()
+    blocks = fuse_blocks_(model, sites, bfloat16_attention) if fuse_blocks and pairs else ()
     return Int8Report(
         single=tuple(gemm.name for gemm in single),
         shared=tuple(tuple(gemm.name for gemm in group) for group in shared),

@@ -30,6 +30,16 @@ class Levels:
         return cls(scale, zero_point + sign, found.qmin + sign, found.qmax + sign)
 
 
+@dataclass(frozen=True)
+class MapLevels:
+    """Those of the factors of an attention map's two products, all static: Q and K, P and V."""
+
+    q: Levels
+    k: Levels
+    p: Levels
+    v: Levels
+
+
 def to_levels(x_TI: Tensor, levels: Levels, signed: bool) -> Tensor:
     """``x_TI`` as levels: uint8, or minus 128 as int8. A NaN becomes some level.
 

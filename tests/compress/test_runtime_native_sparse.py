@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from squeezoo.compress.masks import Pattern, nm_mask
+from squeezoo.compress.masks import Pattern, check_nm, nm_mask
 from squeezoo.compress.runtime import native
 from squeezoo.compress.runtime.levels import Levels
-from squeezoo.compress.runtime.native import kernels
+from squeezoo.compress.runtime.native import matrix
 from torch import Tensor
 
 AVAILABLE, WHY_NOT = native.available()
@@ -32,6 +32,10 @@ def weights(outputs: int, inputs: int, pattern: str | None, seed: int) -> Tensor
     return q_OI if pattern is None else q_OI * nm_mask(q_OI.float(), Pattern.parse(pattern))
 
 
+def two_of_four(q_OI: Tensor) -> bool:
+    return check_nm(q_OI.float(), Pattern(2, 4))
+
+
 @needs_native
 @settings(deadline=None, max_examples=60)
 @given(
@@ -50,6 +54,7 @@ def test_sums_are_exact(
     )
     gemm = native.NativeGemm(q_OI, torch.ones(outputs), None, sparse=True)
     assert gemm.span in (8, 16)
+    assert gemm.compact == (pattern in ("2:4", "1:4", "1:2", "1:8") or two_of_four(q_OI))
     found_TO = gemm(level_TI, Levels(1.0, zero_point, 0, 255))
     assert torch.equal(found_TO.long(), (level_TI.long() - zero_point) @ q_OI.long().t())
 
@@ -74,7 +79,7 @@ def test_one_weight_too_many_and_ragged_inputs_stay_dense() -> None:
 
 @needs_native
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
-@pytest.mark.parametrize("rows", [1, 29, 700])
+@pytest.mark.parametrize("rows", [1, 4, 29, 700])
 def test_equal_to_the_dense_layout_to_the_bit(rows: int, activation: str | None) -> None:
     """Scales, bias, residual, activation and emitted levels come after the sums, which are equal."""
     q_OI, seeded = weights(130, 64, "2:4", 3), torch.Generator().manual_seed(5)
@@ -93,11 +98,11 @@ def test_equal_to_the_dense_layout_to_the_bit(rows: int, activation: str | None)
 @needs_native
 @pytest.mark.parametrize("faster", [True, False])
 def test_what_is_faster_here_is_what_runs(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "sparse_is_faster", lambda: faster)
+    monkeypatch.setattr(matrix, "sparse_is_faster", lambda: faster)
     q_OI = weights(64, 64, "2:4", 0)
     assert native.NativeGemm(q_OI, torch.ones(64), None).span == (8 if faster else 4)
 
 
 @needs_native
 def test_the_measurement_gives_an_answer() -> None:
-    assert kernels.sparse_is_faster() in (True, False)
+    assert matrix.sparse_is_faster() in (True, False)

@@ -6,6 +6,7 @@ then computes the same with PyTorch's operators.
 
 from __future__ import annotations
 
-from .kernels import NativeGemm, attention, available, layer_norm, quantize, supported
+from .kernels import attention, available, has_bfloat16, layer_norm, quantize
+from .matrix import NativeGemm, supported
 
-__all__ = ["NativeGemm", "attention", "available", "layer_norm", "quantize", "supported"]
+__all__ = ["NativeGemm", "attention", "available", "has_bfloat16", "layer_norm", "quantize", "supported"]

@@ -2,15 +2,14 @@
 // through 24 queries at a time: scores of all keys, softmax, product with V. The scores stay in the L2 cache.
 #include "attention.h"
 
-#include <limits>
-
 #include "scratch.h"
+#include "softmax.h"
+#include "transpose.h"
 
 namespace sq {
 namespace {
 
-constexpr int BLOCK = 24;  // queries at a time: 4 tiles of 6 rows, or 2 of 12
-constexpr float LOG2E = 1.4426950408889634f;
+constexpr int BLOCK = ATTENTION_BLOCK;  // queries at a time: 4 tiles of 6 rows, or 2 of 12
 
 // c[M][16 N] = a[M][count] @ b[count][16 N]; strides in floats.
 template <int M, int N>
@@ -65,75 +64,6 @@ SQ_INLINE void matmul(const float* a, int64_t a_stride, int64_t rows, const floa
     }
 }
 
-// 2^x for x <= 0, to 1 unit in the last place; -inf gives 0.
-SQ_INLINE __m512 exp2_of(__m512 x) {
-    const __m512 whole = _mm512_roundscale_ps(_mm512_max_ps(x, _mm512_set1_ps(-200.0f)), 8);
-    const __m512 r = _mm512_sub_ps(_mm512_max_ps(x, _mm512_set1_ps(-200.0f)), whole);
-    __m512 y = _mm512_set1_ps(1.5403530e-4f);  // 2^r on -1/2..1/2: Taylor's ln(2)^k / k!
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.3333558e-3f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(9.6181291e-3f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.5504109e-2f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(2.4022651e-1f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(6.9314718e-1f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(y, whole);
-}
-
-// scores[keys] → exp(scale * score + mask - maximum), zeros up to `padded`; returns 1 / their sum (0 without a key).
-SQ_INLINE float softmax_row(float* score, int64_t keys, int64_t padded, float scale, const float* add,
-                            const uint8_t* valid) {
-    const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    const __m512 by = _mm512_set1_ps(scale * LOG2E), log2e = _mm512_set1_ps(LOG2E);
-    __m512 largest = none;
-    for (int64_t at = 0; at < keys; at += LANES) {
-        __mmask16 mask = first(keys - at);
-        __m512 s = _mm512_mul_ps(_mm512_load_ps(score + at), by);
-        if (add) s = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, add + at), log2e, s);
-        if (valid) mask = _mm512_mask_test_epi32_mask(mask, _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, valid + at)),
-                                                      _mm512_set1_epi32(255));
-        s = _mm512_mask_mov_ps(none, mask, s);
-        _mm512_store_ps(score + at, s);
-        largest = _mm512_max_ps(largest, s);
-    }
-    const float top = _mm512_reduce_max_ps(largest);
-    if (top == -std::numeric_limits<float>::infinity()) {
-        for (int64_t at = 0; at < padded; at += LANES) _mm512_store_ps(score + at, _mm512_setzero_ps());
-        return 0.0f;
-    }
-    const __m512 off = _mm512_set1_ps(top);
-    __m512 total = _mm512_setzero_ps();
-    for (int64_t at = 0; at < keys; at += LANES) {
-        const __m512 p = exp2_of(_mm512_sub_ps(_mm512_load_ps(score + at), off));
-        _mm512_store_ps(score + at, p);
-        total = _mm512_add_ps(total, p);
-    }
-    for (int64_t at = (keys + LANES - 1) / LANES * LANES; at < padded; at += LANES)
-        _mm512_store_ps(score + at, _mm512_setzero_ps());
-    return 1.0f / _mm512_reduce_add_ps(total);
-}
-
-SQ_INLINE void transpose(const __m512* in, float* to, int64_t stride) {
-    __m512 t[16], u[16];
-    for (int i = 0; i < 8; ++i) {
-        t[2 * i] = _mm512_unpacklo_ps(in[2 * i], in[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_ps(in[2 * i], in[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; ++i)
-        for (int j = 0; j < 2; ++j) {
-            const __m512d a = _mm512_castps_pd(t[4 * i + j]), b = _mm512_castps_pd(t[4 * i + 2 + j]);
-            u[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-            u[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-        }
-    for (int j = 0; j < 4; ++j) {  // u[4 i + j]: columns 4 l + j of rows 4 i .. 4 i + 3, for the four 128-bit parts l
-        const __m512 a = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88), b = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);
-        const __m512 c = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd), d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
-        _mm512_store_ps(to + j * stride, _mm512_shuffle_f32x4(a, b, 0x88));
-        _mm512_store_ps(to + (4 + j) * stride, _mm512_shuffle_f32x4(c, d, 0x88));
-        _mm512_store_ps(to + (8 + j) * stride, _mm512_shuffle_f32x4(a, b, 0xdd));
-        _mm512_store_ps(to + (12 + j) * stride, _mm512_shuffle_f32x4(c, d, 0xdd));
-    }
-}
-
 // Width of the panel that begins at `column` of `columns` (a multiple of 32).
 SQ_INLINE int64_t panel_width(int64_t column, int64_t columns) { return columns - column / 64 * 64 >= 64 ? 64 : 32; }
 
@@ -170,18 +100,9 @@ void lay_out_rows(const float* v, int64_t stride, int64_t keys, int64_t width, i
     }
 }
 
-int64_t up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+}  // namespace
 
-struct Call {
-    const float *q, *k, *v;
-    const AttentionShape& shape;
-    const Mask& mask;
-    const Levels* levels;
-    void* out;
-};
-
-// Queries `begin`..`end` of one head of one row of the batch.
-void some_queries(const Call& call, int64_t batch, int64_t head, int64_t begin, int64_t end) {
+void queries_float32(const AttentionCall& call, int64_t batch, int64_t head, int64_t begin, int64_t end) {
     const AttentionShape& s = call.shape;
     const int64_t group = head / s.heads_per_group;
     int64_t keys = s.keys;
@@ -202,35 +123,19 @@ void some_queries(const Call& call, int64_t batch, int64_t head, int64_t begin, 
         matmul(q + query * s.q_stride[2], s.q_stride[2], count, columns, width, padded, scores, padded);
         float inverse[BLOCK];
         for (int64_t i = 0; i < count; ++i) {
-            const int64_t at = batch * call.mask.stride[0] + head * call.mask.stride[1] + (query + i) * call.mask.stride[2];
-            const bool is_bool = call.mask.is_bool;
-            const uint8_t* valid = call.mask.at && is_bool ? static_cast<const uint8_t*>(call.mask.at) + at : nullptr;
-            const float* add = call.mask.at && !is_bool ? static_cast<const float*>(call.mask.at) + at : nullptr;
-            int64_t seen = keys;
-            if (s.causal && query + i + 1 + s.keys - s.queries < seen) seen = query + i + 1 + s.keys - s.queries;
-            inverse[i] = softmax_row(scores + i * padded, seen, padded, s.scale, add, valid);
+            const RowMask mask = mask_of(call, batch, head, query + i);
+            inverse[i] = softmax_row(scores + i * padded, mask.seen, padded, s.scale, mask.add, mask.valid);
         }
         matmul(scores, padded, count, rows, keys, wide, results, wide);
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t to = ((batch * s.queries + query + i) * s.heads + head) * width;
-            const __m512 by = _mm512_set1_ps(inverse[i]);
-            for (int64_t at = 0; at < width; at += LANES) {
-                const __mmask16 mask = first(width - at);
-                const __m512 y = _mm512_mul_ps(_mm512_load_ps(results + i * wide + at), by);
-                if (call.levels)
-                    _mm_mask_storeu_epi8(static_cast<uint8_t*>(call.out) + to + at, mask, quantize(y));
-                else
-                    _mm512_mask_storeu_ps(static_cast<float*>(call.out) + to + at, mask, y);
-            }
-        }
+        for (int64_t i = 0; i < count; ++i)
+            write_row(call, quantize, results + i * wide, inverse[i], batch, head, query + i);
     }
 }
 
-}  // namespace
-
 void attention(const float* q, const float* k, const float* v, const AttentionShape& shape, const Mask& mask,
-               const Levels* levels, void* out, int threads) {
-    const Call call{q, k, v, shape, mask, levels, out};
+               const MapLevels* map, const Levels* levels, void* out, int threads) {
+    const AttentionCall call{q, k, v, shape, mask, map, levels, out};
+    const auto run = map ? queries_int8 : shape.bfloat16 && has_bfloat16() ? queries_bfloat16 : queries_float32;
     const int64_t maps = shape.batch * shape.heads;
     int64_t pieces = 1;  // of the queries of a head; each lays K and V out anew
     while (maps * pieces < 3 * threads && shape.queries / (2 * pieces) >= 2 * BLOCK) pieces *= 2;
@@ -239,13 +144,14 @@ void attention(const float* q, const float* k, const float* v, const AttentionSh
     parallel(maps * pieces, threads, [&](int64_t index) {
         const int64_t map = index / pieces, begin = index % pieces * piece;
         const int64_t end = begin + piece < shape.queries ? begin + piece : shape.queries;
-        some_queries(call, map / shape.heads, map % shape.heads, begin, end);
+        run(call, map / shape.heads, map % shape.heads, begin, end);
     });
 }
 
 }  // namespace sq
 
 SQ_EXPORT void sq_attention(const float* q, const float* k, const float* v, const sq::AttentionShape* shape,
-                            const sq::Mask* mask, const sq::Levels* levels, void* out, int threads) {
-    sq::attention(q, k, v, *shape, *mask, levels, out, threads);
+                            const sq::Mask* mask, const sq::MapLevels* map, const sq::Levels* levels, void* out,
+                            int threads) {
+    sq::attention(q, k, v, *shape, *mask, map, levels, out, threads);
 }

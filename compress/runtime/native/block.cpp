@@ -14,6 +14,9 @@ struct Block {
     int64_t heads, head_width;
     float scale;
     int32_t norm_first;  // 1: norms read the residual stream (pre-LN); 0: they are on it (post-LN)
+    int32_t bfloat16;    // as in AttentionShape
+    int32_t has_map;     // 1: the attention's factors are levels
+    MapLevels map;
 };
 
 namespace {
@@ -48,10 +51,12 @@ void some(const Block& block, const float* x, int64_t batch, int64_t length, con
     run(block.qkv, block.of_qkv, level, rows, nullptr, nullptr, qkv, threads);
 
     const int64_t stride[3] = {length * across, block.head_width, across};
-    AttentionShape shape{batch, block.heads, length, length, block.head_width, {}, {}, {}, 1, block.scale, 0};
+    AttentionShape shape{batch, block.heads, length, length, block.head_width, {}, {}, {}, 1, block.scale, 0,
+                         block.bfloat16};
     for (int axis = 0; axis < 3; ++axis)
         shape.q_stride[axis] = shape.k_stride[axis] = shape.v_stride[axis] = stride[axis];
-    attention(qkv, qkv + width, qkv + 2 * width, shape, mask, &block.of_out, level, threads);
+    const MapLevels* map = block.has_map ? &block.map : nullptr;
+    attention(qkv, qkv + width, qkv + 2 * width, shape, mask, map, &block.of_out, level, threads);
 
     run(block.out, block.of_out, level, rows, x, nullptr, stream, threads);
     normalize_rows(stream, rows, block.norm_first ? block.ffn_norm : block.attention_norm,

@@ -14,9 +14,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SOURCES = ("attention.cpp", "block.cpp", "gemm.cpp", "rows.cpp")
+SOURCES = (
+    "attention.cpp", "attention_bf16.cpp", "attention_int8.cpp", "block.cpp", "gemm.cpp", "pack.cpp", "rows.cpp",
+    "tiles.cpp",
+)  # fmt: skip
 _FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w",
     "-mavx512f", "-mavx512cd", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c", "-mbmi2",
@@ -90,8 +94,9 @@ def _fingerprint(compiler: str) -> str:
 def _compile(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         objects = [Path(scratch) / f"{source}.o" for source in SOURCES]
-        for source, made in zip(SOURCES, objects):
-            _run(compiler, *_FLAGS, "-c", str(_here() / source), "-o", str(made))
+        commands = [(compiler, *_FLAGS, "-c", str(_here() / s), "-o", str(made)) for s, made in zip(SOURCES, objects)]
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            list(pool.map(lambda command: _run(*command), commands))
         linked = Path(scratch) / "kernels.so"
         _run(compiler, "-shared", *map(str, objects), "-o", str(linked))  # without -fopenmp: no second OpenMP
         os.replace(linked, path)

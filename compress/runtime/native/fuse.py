@@ -20,10 +20,11 @@ _TOLERANCE = 0.02
 _TRIAL_TOKENS = 9
 
 
-def fuse_blocks_(model: nn.Module, sites: Sites) -> tuple[str, ...]:
+def fuse_blocks_(model: nn.Module, sites: Sites, bfloat16: bool = True) -> tuple[str, ...]:
     """Let every block that has the form its adapter declares, and only int8 GEMMs with static inputs, run as one call.
 
-    To be called on a model in evaluation mode whose GEMMs have been replaced. Names of the blocks that were changed.
+    To be called on a model in evaluation mode whose GEMMs have been replaced. ``bfloat16``: see :class:`FusedForward`.
+    Names of the blocks that were changed.
     """
     form = sites.adapter.form
     if form is None or not available()[0]:
@@ -34,6 +35,7 @@ def fuse_blocks_(model: nn.Module, sites: Sites) -> tuple[str, ...]:
         forward = _fused_forward(model, sites, block, form)
         if forward is None:
             continue
+        forward.bfloat16 = bfloat16
         kind = (type(block.module), forward.heads, forward.head_width, forward.scale, *map(_shape, forward.gemms))
         if kind not in trusted:
             trusted[kind] = _agrees(forward)

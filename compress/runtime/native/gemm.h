@@ -7,7 +7,7 @@ namespace sq {
 
 // A packed matrix. `panels` is laid out by sq_pack; bias_O may be null; activation is one of activation.h. `span`: so
 // many inputs of which at most 4 have weights other than 0 share one multiplication (8: 2:4 and 4:8; 16: 1:4, 2:8, 4:16;
-// the inputs are then a multiple of 16); 4: dense.
+// the inputs are then a multiple of 16); 4: dense; 2: 2:4 with indices of 2 bits, for few rows.
 struct Gemm {
     const int8_t* panels;
     const int32_t* sum_O;

@@ -7,93 +7,17 @@ All tensors are on the CPU and float32 unless said otherwise; the caller sees to
 from __future__ import annotations
 
 import ctypes
-import time
 from ctypes import addressof
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..levels import Levels
+from ..levels import Levels, MapLevels
 from .build import BuildError
-from .library import CAttention, CGemm, CMask, CNorm, c_levels, load
-
-_ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
-DENSE_SPAN = 4
-MAX_INPUTS = 65_536  # 255 * 127 * 65,536 is the largest sum that an int32 holds
-
-
-def supported(out_features: int, in_features: int) -> bool:
-    """Whether there is a native kernel for a matrix of this shape."""
-    return 0 < in_features <= MAX_INPUTS and out_features > 0
-
-
-class NativeGemm:
-    """One weight matrix laid out for the kernel, at most 1 byte per weight.
-
-    Args:
-        weight_q_OI: int8 [O, I]. scale_O: float32 [O], dense. bias_O: float32 [O], dense, or None.
-        activation: applied to the result.
-        sparse: leave out zeros where the weights allow it (2:4, 4:8, 1:4, 2:8, 4:16 along I, and I a multiple of 16);
-            None: where this is faster on this CPU. The result is the same to the bit.
-
-    ``span``: how many inputs share one multiplication of 4; 4 is dense.
-    """
-
-    def __init__(
-        self,
-        weight_q_OI: Tensor,
-        scale_O: Tensor,
-        bias_O: Tensor | None,
-        activation: Literal["gelu", "gelu_tanh", "relu"] | None = None,
-        sparse: bool | None = None,
-    ) -> None:
-        self._library = load()
-        self.out_features, self.in_features = weight_q_OI.shape
-        weight_q_OI = weight_q_OI.contiguous()
-        self.span = DENSE_SPAN
-        if sparse is not False:
-            self.span = self._library.sq_span(weight_q_OI.data_ptr(), self.out_features, self.in_features)
-            if sparse is None and self.span != DENSE_SPAN and not sparse_is_faster():
-                self.span = DENSE_SPAN
-        size = self._library.sq_packed_size(self.out_features, self.in_features, self.span)
-        self._panels = aligned_bytes(size)
-        sum_O = torch.empty(self.out_features, dtype=torch.int32)
-        self._library.sq_pack(
-            weight_q_OI.data_ptr(), self.out_features, self.in_features, self.span,
-            self._panels.data_ptr(), sum_O.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        self._kept = (sum_O, scale_O, bias_O)
-        bias = None if bias_O is None else bias_O.data_ptr()
-        self.record = CGemm(
-            self._panels.data_ptr(), sum_O.data_ptr(), scale_O.data_ptr(), bias,
-            self.out_features, self.in_features, _ACTIVATIONS[activation], self.span,
-        )  # fmt: skip
-        self._at = addressof(self.record)
-
-    def __call__(
-        self,
-        level_TI: Tensor,
-        levels: Levels,
-        emitted: Levels | None = None,
-        residual_TO: Tensor | None = None,
-    ) -> Tensor:
-        """uint8 [T, I], dense → float32 [T, O], or uint8 [T, O] as the levels ``emitted``. ``residual_TO`` is added
-        before the activation."""
-        rows = level_TI.shape[0]
-        if self.in_features % 4:  # the kernel reads four at a time
-            level_TI = F.pad(level_TI, (0, -self.in_features % 4))
-        kind = torch.float32 if emitted is None else torch.uint8
-        record = None if emitted is None else c_levels(emitted)
-        out_TO = torch.empty((rows, self.out_features), dtype=kind)
-        self._library.sq_gemm(
-            self._at, level_TI.data_ptr(), rows, level_TI.shape[1], levels.scale, levels.zero_point,
-            None if residual_TO is None else residual_TO.data_ptr(),
-            None if record is None else addressof(record), out_TO.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        return out_TO
+from .library import CAttention, CMapLevels, CMask, CNorm, c_levels, load
+from .matrix import NativeGemm
 
 
 @cache
@@ -108,25 +32,6 @@ def available() -> tuple[bool, str]:
     return True, "native kernels with AVX-512 VNNI"
 
 
-@cache
-def sparse_is_faster() -> bool:
-    """Whether 2:4 weights multiply faster without their zeros on this CPU: it is if it shuffles beside multiplying.
-    Measured once per process, in some milliseconds."""
-    weight_OI = torch.tensor([[1, 0, 0, 1]], dtype=torch.int8).repeat(512, 96)
-    level_TI, levels = torch.ones(60, weight_OI.shape[1], dtype=torch.uint8), Levels(1.0, 0, 0, 255)
-    fastest = []
-    for sparse in (True, False):
-        gemm = NativeGemm(weight_OI, torch.ones(weight_OI.shape[0]), None, sparse=sparse)
-        fastest.append(min(_seconds(gemm, level_TI, levels) for _ in range(9)))
-    return fastest[0] < fastest[1]
-
-
-def _seconds(gemm: NativeGemm, level_TI: Tensor, levels: Levels) -> float:
-    start = time.perf_counter()
-    gemm(level_TI, levels)
-    return time.perf_counter() - start
-
-
 def _is_exact() -> bool:
     """Against int64 arithmetic, on the largest sums, 255 * 127 and 255 * -128, and on a matrix of odd shape."""
     level_TI = torch.tensor([[255, 255, 255], [0, 255, 1], [1, 0, 254]], dtype=torch.uint8).repeat(5, 30)
@@ -135,13 +40,6 @@ def _is_exact() -> bool:
     found_TO = NativeGemm(weight_OI, torch.ones(weight_OI.shape[0]), None)(level_TI, levels)
     expected_TO = (level_TI.long() - 128) @ weight_OI.long().t()
     return bool((found_TO == expected_TO).all())
-
-
-def aligned_bytes(size: int) -> Tensor:
-    """``size`` bytes that begin at a multiple of 64."""
-    memory = torch.empty(size + 63, dtype=torch.int8)
-    start = -memory.data_ptr() % 64
-    return memory[start : start + size]
 
 
 def quantize(x_TI: Tensor, levels: Levels) -> Tensor:
@@ -186,6 +84,7 @@ def attention(
     causal: bool = False,
     levels: Levels | None = None,
     bfloat16: bool = False,
+    map_levels: MapLevels | None = None,
 ) -> Tensor:
     """softmax(scale Q K^T + mask) V in float32 → [B, Q, H * D], or as uint8 levels.
 
@@ -193,6 +92,7 @@ def attention(
     valid) or float32 (added), broadcastable to [B, H, Q, K]. A query without a valid key gives 0. ``causal``: the last
     query sees all keys, each one before it one less. ``bfloat16``: round Q, K, V and P to bfloat16 where this CPU
     multiplies such numbers (:func:`has_bfloat16`); scores and sums stay float32.
+    ``map_levels``: round Q, K, P and V to these levels and add their products up in integers; keys at most 65,536.
     """
     (batch, queries, heads, width), keys = q_BQHD.shape, k_BKGD.shape[1]
     shape = CAttention(
@@ -202,12 +102,19 @@ def attention(
     expanded, record = mask_record(mask, batch, heads, queries, keys)
     out = torch.empty((batch, queries, heads * width), dtype=torch.float32 if levels is None else torch.uint8)
     emitted = None if levels is None else c_levels(levels)
+    of_map = None if map_levels is None else c_map_levels(map_levels)
     load().sq_attention(
         q_BQHD.data_ptr(), k_BKGD.data_ptr(), v_BKGD.data_ptr(), addressof(shape), addressof(record),
+        None if of_map is None else addressof(of_map),
         None if emitted is None else addressof(emitted), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     del expanded
     return out
+
+
+def c_map_levels(levels: MapLevels) -> CMapLevels:
+    """The record for C."""
+    return CMapLevels(*(c_levels(one) for one in (levels.q, levels.k, levels.p, levels.v)))
 
 
 def has_bfloat16() -> bool:

@@ -42,12 +42,17 @@ class CMask(ctypes.Structure):
     _fields_ = [("at", _P), ("is_bool", _I32), ("stride", _I64 * 3)]
 
 
+class CMapLevels(ctypes.Structure):
+    _fields_ = [("q", CLevels), ("k", CLevels), ("p", CLevels), ("v", CLevels)]
+
+
 class CBlock(ctypes.Structure):
     _fields_ = [
         ("qkv", CGemm), ("out", CGemm), ("up", CGemm), ("down", CGemm),
         ("of_qkv", CLevels), ("of_out", CLevels), ("of_up", CLevels), ("of_down", CLevels),
         ("attention_norm", CNorm), ("ffn_norm", CNorm),
         ("heads", _I64), ("head_width", _I64), ("scale", _F32), ("norm_first", _I32), ("bfloat16", _I32),
+        ("has_map", _I32), ("map", CMapLevels),
     ]  # fmt: skip
 
 
@@ -59,13 +64,14 @@ def c_levels(levels: Levels) -> CLevels:
 
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "sq_span": (_I32, [_P, _I64, _I64]),
+    "sq_two_of_four": (_I32, [_P, _I64, _I64]),
     "sq_packed_size": (_I64, [_I64, _I64, _I32]),
-    "sq_pack": (None, [_P, _I64, _I64, _I32, _P, _P, _I32]),
+    "sq_pack": (None, [_P, _I64, _I64, _I32, _P, _I32]),
     "sq_gemm": (None, [_P, _P, _I64, _I64, _F32, _I32, _P, _P, _P, _I32]),
     "sq_quantize": (None, [_P, _I64, _I64, _P, _P, _I32]),
     "sq_normalize": (None, [_P, _I64, _P, _P, _P, _P, _I32]),
     "sq_has_bfloat16": (_I32, []),
-    "sq_attention": (None, [_P, _P, _P, _P, _P, _P, _P, _I32]),
+    "sq_attention": (None, [_P, _P, _P, _P, _P, _P, _P, _P, _I32]),
     "sq_block": (None, [_P, _P, _I64, _I64, _P, _P, _I32]),
 }
 
