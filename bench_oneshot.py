@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 Calibration = Literal["first", "even"]
 METHODS = ("dense", "magnitude", "wanda", "sparsegpt")
+CALIBRATED = ("wanda", "sparsegpt")
 _HEAD_TOKENS = 128  # of one product with the vocabulary: a window at once would take more memory than the pruning
 
 
@@ -69,6 +70,7 @@ def _measure(job: Job) -> dict[str, Any]:
     import torch
 
     from .compress.attach import attach_, fold_, prune_
+    from .compress.lockstep import give_back_memory
     from .compress.oneshot import prune_oneshot_
     from .compress.plan import make_plan
     from .compress.recipe import Recipe
@@ -80,9 +82,11 @@ def _measure(job: Job) -> dict[str, Any]:
     model: Any = dense.model
     windows = calibration_windows(_ids(dense.processor, job, "valid"), job)
     test = _ids(dense.processor, job, "test")[: job.test_tokens] if job.test_tokens else []
+    del dense  # the tokenizer
     if job.method != "dense":
         attach_(model, make_plan(model, Recipe.load(f"{job.method}-2-4")))
     gc.collect()
+    give_back_memory()
     memory |= {"start": _memory("VmRSS"), "peak_loading": _memory("VmHWM")}
     _reset_peak()
     ways: dict[str, Callable[[], object]] = {"dense": lambda: None, "magnitude": lambda: prune_(model)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -25,7 +25,10 @@ from .terminal import (
 )
 
 if TYPE_CHECKING:
-    from .eval.task import Score
+    from collections.abc import Sequence
+
+    from .eval.task import Task
+    from .pipeline import Loaded
 
 
 @command
@@ -40,6 +43,10 @@ def eval_(
     max_length: MaxLength = None,
     set_: Annotated[list[str], typer.Option("--set", help="NAME=VALUE of the task's settings; repeat")] = [],  # noqa: B006
     device: Device = "cpu",
+    throughput: Annotated[
+        int | None,
+        typer.Option(help="no scores: time so many evaluations, each beside its forward passes alone", min=3),
+    ] = None,
     json_: JsonFlag = False,
     json_file: Annotated[Path | None, typer.Option("--json-file", help="write the scores there too")] = None,
 ) -> None:
@@ -47,6 +54,7 @@ def eval_(
 
     Example: squeezoo eval runs/minilm-l6.mrpc.dense --task glue/mrpc --data-dir DATA
     """
+    from . import measure_tables
     from .eval.fit import tasks_for
     from .eval.results import atomic_write_json
     from .eval.run import evaluate
@@ -54,15 +62,15 @@ def eval_(
 
     settings = _pairs(set_, "--set", "VALUE")
     loaded = load_any(model, backend.value)
-    scores = [
-        score
-        for one in tasks_for(loaded.model, task)
-        for score in evaluate(
-            loaded.model, one, loaded.processor,
-            split=split, data_dir=data_dir, batch_size=batch_size, limit=limit, max_length=max_length,
-            settings=settings, device=device,
-        )
-    ]  # fmt: skip
+    how: dict[str, Any] = dict(
+        split=split, data_dir=data_dir, batch_size=batch_size, limit=limit, max_length=max_length, settings=settings,
+        device=device,
+    )  # fmt: skip
+    tasks = tasks_for(loaded.model, task)
+    if throughput is not None:
+        _throughput(loaded, tasks, throughput, how, json_, json_file)
+        return
+    scores = [score for one in tasks for score in evaluate(loaded.model, one, loaded.processor, **how)]
     rows = [score.to_dict() for score in scores]
     if json_file is not None:
         atomic_write_json(json_file, rows)
@@ -74,22 +82,28 @@ def eval_(
         note = "" if score.complete else " (sample)"
         table.add_row(score.task, score.split, score.metric, f"{score.value:.4f}", f"{score.samples:,}{note}")
     out.print(table)
-    _show_glue_means(scores)
+    means = measure_tables.glue_means_line(scores)
+    if means is not None:
+        out.print(means, highlight=False, markup=False, soft_wrap=True)
 
 
-def _show_glue_means(scores: list[Score]) -> None:
-    """Both means, labelled, where a model was scored on more than one GLUE task."""
-    from .eval.glue import GLUE, glue_means
+def _throughput(
+    loaded: Loaded, tasks: Sequence[Task], rounds: int, how: dict[str, Any], json_: bool, json_file: Path | None
+) -> None:
+    """What the evaluation costs beside the model, as a table or JSON."""
+    from . import measure_tables
+    from .eval.results import atomic_write_json
+    from .eval.throughput import measure_throughput
 
-    if len({score.task for score in scores} & {task.name for task in GLUE}) < 2:
+    found = [measure_throughput(loaded.model, one, loaded.processor, rounds=rounds, **how) for one in tasks]
+    rows = [one.to_dict() for one in found]
+    if json_file is not None:
+        atomic_write_json(json_file, rows)
+    if json_:
+        show_json(rows)
         return
-    means = glue_means(scores)
-    geometric = "none (a score is negative)" if means.geometric is None else f"{means.geometric:.4f}"
-    note = "" if means.complete else " (samples)"
-    out.print(
-        f"mean over {', '.join(means.tasks)}{note}: arithmetic {means.arithmetic:.4f}, geometric {geometric}",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+    for one in found:
+        out.print(measure_tables.throughput_line(one), highlight=False, markup=False, soft_wrap=True)
 
 
 @command

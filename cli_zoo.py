@@ -70,6 +70,7 @@ def compare(
     out_file: Annotated[Path | None, typer.Option("--out", "-o", help="write a file instead of printing")] = None,
     plots: Annotated[bool, typer.Option("--plots", help="with --out: score against latency and size")] = False,
     mixed: Annotated[bool, typer.Option("--mixed", help="allow different models, tasks and samples, marked")] = False,
+    json_: JsonFlag = False,
 ) -> None:
     """Several variants of one model side by side: scores, sizes, speed, from their cards. Measures nothing.
 
@@ -78,13 +79,18 @@ def compare(
     from .zoo_cards.compare import compare as run
     from .zoo_cards.compare_render import to_html, to_markdown, to_text, write_comparison
 
+    if json_ and (out_file is not None or format_ is not CompareFormat.text):
+        raise ValueError("--json prints the comparison as JSON: give it without --out and --format")
+    if plots and out_file is None:
+        raise ValueError("plots are files: say where with --out")
     found = run(sources, mixed=mixed)
+    if json_:
+        show_json(found.to_dict())
+        return
     if out_file is not None:
         for path in write_comparison(found, out_file, format_.value, plots):
             out.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
         return
-    if plots:
-        raise ValueError("plots are files: say where with --out")
     writers: dict[str, Callable[[Any], str]] = {"text": to_text, "markdown": to_markdown, "html": to_html}
     out.print(writers[format_.value](found), highlight=False, markup=False, soft_wrap=True)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 from rich.table import Table
 
 from .eval.decode_speed import DecodeSpeed
 from .eval.loading import Loading, Memory
 from .eval.speed import Speed
+from .eval.task import Score
+from .eval.throughput import Throughput
 
 
 def speeds(found: Sequence[Speed]) -> Table:
@@ -60,3 +63,26 @@ def loading(found: Sequence[Loading | Memory]) -> Table | None:
                 f"{part.run_peak / 1e6:.1f} MB, {part.baseline / 1e6:.1f} MB of it the libraries",
             )  # fmt: skip
     return table
+
+
+def throughput_line(one: Throughput) -> str:
+    """A whole evaluation against its forward passes alone."""
+    rows = f"{one.samples:,} rows{'' if one.complete else ' (sample)'}"
+    return (
+        f"{one.task} {one.split}, {rows} in {one.batches} batches on {one.device}: "
+        f"forward passes alone {median(one.bare_seconds):.2f} s, evaluation {median(one.evaluate_seconds):.2f} s; "
+        f"{one.share:.1%} of their rate (median of {len(one.shares)} rounds, {min(one.shares):.1%} to "
+        f"{max(one.shares):.1%}), {one.best_share:.1%} with the fastest of each"
+    )
+
+
+def glue_means_line(scores: Sequence[Score]) -> str | None:
+    """Both means, labelled, where a model was scored on more than one GLUE task."""
+    from .eval.glue import GLUE, glue_means
+
+    if len({score.task for score in scores} & {task.name for task in GLUE}) < 2:
+        return None
+    means = glue_means(scores)
+    geometric = "none (a score is negative)" if means.geometric is None else f"{means.geometric:.4f}"
+    note = "" if means.complete else " (samples)"
+    return f"mean over {', '.join(means.tasks)}{note}: arithmetic {means.arithmetic:.4f}, geometric {geometric}"

@@ -103,9 +103,13 @@ def _mask_of_largest(x_OI: Tensor, pattern: Pattern, absolute: bool) -> Tensor:
     wide = torch.float64 if x_RI.dtype in (torch.float64, torch.int32, torch.int64) else torch.float32
     buffer_RI = torch.empty((step, in_features), dtype=wide, device=x_RI.device)
     for row in range(0, x_RI.shape[0] if in_features else 0, step):
-        score_RI = buffer_RI[: x_RI.shape[0] - row].copy_(x_RI[row : row + step])
-        if absolute:
-            score_RI.abs_()
+        score_RI = buffer_RI[: x_RI.shape[0] - row]
+        if absolute and x_RI.dtype == wide:  # int8 must be widened first: its -128 has no absolute value
+            torch.abs(x_RI[row : row + step], out=score_RI)
+        else:
+            score_RI.copy_(x_RI[row : row + step])
+            if absolute:
+                score_RI.abs_()
         if bool(score_RI.amax().isnan()):  # the maximum is NaN as soon as one score is
             count = int(x_RI.isnan().sum())
             raise ValueError(f"expected scores without NaN, found {count} NaN of {x_RI.numel()}; no mask was made")

@@ -147,9 +147,10 @@ class Walk:
             ValueError: a pass ended without coming here.
         """
         self.tokens, self._stop = 0, stop.module
+        seen: list[Statistics] = [statistics]  # emptied below: what a halted hook can reach is held as long as it halts
 
         def arrive(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._see(stop, statistics, args[0])
+            self._see(stop, seen[0], args[0])
             if self._again:
                 raise _Reached
             self._calls[self._number].halt()
@@ -163,6 +164,7 @@ class Walk:
                 give_back_memory()
         finally:
             handle.remove()
+            seen.clear()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(statistics.sums)
 

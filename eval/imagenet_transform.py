@@ -53,9 +53,11 @@ def transform_of(processor: Any) -> tuple[Transform, str]:
 def _timm(model: nn.Module) -> tuple[Transform, str]:
     from timm.data import create_transform, resolve_data_config
 
+    from .imagenet_numpy import with_numpy
+
     # a model made for other images than its weights were (img_size) keeps their configuration in all but the size
     config: dict[str, Any] = resolve_data_config({"input_size": declared_shape(model)}, model=model)
-    transform: Transform = create_transform(**config)
+    transform: Transform = with_numpy(create_transform(**config))
     return transform, "timm: " + ", ".join(f"{name} {_brief(value)}" for name, value in sorted(config.items()))
 
 
@@ -102,6 +104,7 @@ def decode(row: Row) -> Any:
     stored: Path | bytes = row["image"]
     try:
         with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored) as image:
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # PIL: SyntaxError for broken PNG, ValueError for broken sizes
         raise DataError(f"{row['where']}: not a readable image ({error})") from error

@@ -109,3 +109,30 @@ def test_bad_arguments_are_named(monkeypatch):
         run_bench_engine(["mask"], methods=["magic"])
     with pytest.raises(ValueError, match="set SQUEEZOO_DATA"):
         run_bench_engine(["oneshot"])
+
+
+def test_parts_measured_earlier_stay_in_the_file_of_the_same_environment(tmp_path):
+    out = tmp_path / "new" / "engine.json"
+    small = {"threads": 1, "repeats": 1, "size": 8, "step_model": "transformers/distilbert", "batch": 1, "sequence": 4}
+    first = run_bench_engine(["step"], out, **small)
+    second = run_bench_engine(["mask"], out, **small)
+    assert list(second["parts"]) == ["mask"]
+    assert json.loads(out.read_text())["parts"] == first["parts"] | second["parts"]
+    other = {**json.loads(out.read_text()), "device": "another"}
+    out.write_text(json.dumps(other))
+    run_bench_engine(["mask"], out, **small)
+    assert list(json.loads(out.read_text())["parts"]) == ["mask"]
+
+
+def test_methods_that_calibrate_run_once_with_each_choice_of_windows(language_model, tmp_path):
+    record = run_bench_engine(
+        ["oneshot"], tmp_path / "engine.json", data_dir=language_model / "data", threads=1,
+        methods=("dense", "wanda"), oneshot_model=str(language_model / "model"),
+        oneshot={"rows": 2, "length": 16, "test_tokens": 32, "window": 16},
+    )  # fmt: skip
+    found = [(row["method"], row["job"]["calibration"]) for row in record["parts"]["oneshot"]["rows"]]
+    assert found == [("dense", "first"), ("wanda", "first"), ("wanda", "even")]
+    assert list(record["parts"]["oneshot"]["targets"]) == [
+        "wanda, first windows in at most 45 s",
+        "wanda, even windows in at most 45 s",
+    ]

@@ -93,6 +93,20 @@ def test_settings_and_families_of_tasks(decoder, tmp_path):
     assert "did you mean 'stride'" in result.stderr
 
 
+def test_eval_times_itself_beside_the_bare_model(vit, tmp_path):
+    """--throughput prints no scores: both times of every round, as a table and as JSON."""
+    options = ("--task", "digits", "--limit", 64, "--batch-size", 16, "--throughput", 3)
+    (found,) = json.loads(run("eval", vit, *options, "--json", "--json-file", tmp_path / "t.json").stdout)
+    assert json.loads((tmp_path / "t.json").read_text()) == [found]
+    assert (found["task"], found["samples"], found["complete"], found["batches"]) == ("digits", 64, False, 4)
+    assert len(found["bare_seconds"]) == len(found["evaluate_seconds"]) == 3
+    text = run("eval", vit, *options).stdout
+    assert "digits test, 64 rows (sample) in 4 batches on " in text
+    assert "median of 3 rounds" in text
+    assert "accuracy" not in text
+    run("eval", vit, "--task", "digits", "--throughput", 2, code=2)
+
+
 def test_permute_reports_what_it_brings_and_proves_the_outputs(decoder, tmp_path):
     data = json.loads(
         run("permute", decoder.parent / "gpt2", "--pattern", "2:4", "-o", tmp_path / "p", "--json").stdout
@@ -114,3 +128,8 @@ def test_compare_prints_and_writes_what_the_cards_hold(tmp_path):
     assert page.startswith("<!doctype html>")
     assert "data:image/png;base64," in page
     assert "say where with --out" in run("compare", name, "--plots", code=1).stderr
+    data = json.loads(run("compare", name, "--json").stdout)
+    assert [row["name"] for row in data["rows"]] == ["dense", "gpusq-gemm-int8"]
+    assert data["columns"][0]["metric"] == "f1"
+    assert round(data["rows"][1]["values"][0], 4) == 0.8613  # the same F1
+    assert "without --out and --format" in run("compare", name, "--json", "--format", "html", code=1).stderr

@@ -79,17 +79,26 @@ class Comparison:
         return row.scores.get(conditions(column))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data."""
+        """Plain JSON data: the ``columns`` in their order (``rank`` goes by the first), and per row its ``values`` in
+        them with the ``differences`` to its dense row, None where there is none; whole scores and speeds follow."""
         rows = []
         for row in self.rows:
-            size = row.card.size
+            size, dense = row.card.size, self.dense_of(row)
+            pairs = [(self.score(row, column), self.score(dense, column)) for column in self.columns]
             rows.append({
                 "name": row.name, "card": row.card.name, "dense": row.dense, "rank": row.rank,
-                "scores": [plain(score) for score in row.scores.values()],
+                "values": [own.value if own else None for own, _ in pairs],
+                "differences": [own.value - to.value if row.dense and own and to else None for own, to in pairs],
                 "bytes": size.true_bytes if row.dense else size.true_dense_bytes,
+                "paper_bytes": size.paper_bytes if row.dense else size.paper_dense_fp16_bytes,
+                "nonzeros": size.nonzeros if row.dense else size.parameters,
+                "scores": [plain(score) for score in row.scores.values()],
                 "speeds": [plain(speed) for speeds in row.speeds.values() for speed in speeds] if row.dense else [],
             })  # fmt: skip
-        return {"base": self.base, "mixed": self.mixed, "notes": list(self.notes), "rows": rows}
+        shown = ("task", "task_version", "split", "metric", "samples", "complete", "higher_is_better", "settings")
+        columns = [{name: value for name, value in plain(c).items() if name in shown} for c in self.columns]
+        head = {"base": self.base, "mixed": self.mixed, "notes": list(self.notes)}
+        return {**head, "columns": columns, "timed": list(self.timed), "rows": rows}
 
 
 def compare(sources: Sequence[str | Path], *, mixed: bool = False) -> Comparison:

@@ -15,6 +15,28 @@ PIPELINES = {
     "dialogue": "text-generation",
     "speech-recognition": "automatic-speech-recognition",
 }
+# What the Hub's data sets call a split, where our tasks say otherwise; `eval`'s readers ask the Hub for the same ones.
+HUB_SPLITS = {
+    "dev": "validation",
+    "valid": "validation",
+    "dev_matched": "validation_matched",
+    "dev_mismatched": "validation_mismatched",
+    "train-clean-100": "train.100",
+    "train-clean-360": "train.360",
+    "train-other-500": "train.500",
+    "dev-clean": "validation",
+    "dev-other": "validation",
+    "test-clean": "test",
+    "test-other": "test",
+}
+# Splits that are parts of a Hub split, or that stand under another configuration than the task's: no name of theirs
+# would be true on the Hub.
+NOT_ON_HUB = {
+    "squad1-articles": ("train", "dev"),
+    "imdb/halves": ("validation", "test"),
+    "librispeech/clean": ("train-other-500",),
+    "librispeech/other": ("train-clean-100", "train-clean-360"),
+}
 _UNSTATED = "no licence stated by its authors, research use"
 
 
@@ -129,3 +151,8 @@ def describe_task(task_name: str) -> Data:
         licence=about.licence,
         note=task.source,
     )
+
+
+def hub_split(task: str, split: str) -> str | None:
+    """What the task's Hub data set calls ``split``; None where it has no split of exactly these rows."""
+    return None if split in NOT_ON_HUB.get(task, ()) else HUB_SPLITS.get(split, split)

@@ -11,6 +11,8 @@ from pathlib import Path
 from ..eval.results import atomic_write_text
 from . import numbers, resource_sections, sections
 from .card import COMPRESSED, Card
+from .datasets import hub_split
+from .load_lines import how_to_load
 from .plots import plot_names
 from .published_section import published
 from .tables import render_comparison, render_table, render_terminal
@@ -18,7 +20,6 @@ from .tables import render_comparison, render_table, render_terminal
 __all__ = ["README", "render_card", "render_comparison", "render_table", "render_terminal", "write_card"]
 
 README = "README.md"
-HUB_SPLITS = {"dev": "validation"}  # where the Hub's data set calls the split otherwise
 HEADER = "<!-- Generated from results.json by `squeezoo card DIR`; edits here are lost. -->"
 
 
@@ -36,7 +37,7 @@ def render_card(card: Card, plots: Sequence[str] = ()) -> str:
         ("Loading and memory", resource_sections.loading_and_memory(card)),
         ("Energy and CO2", resource_sections.energy(card)),
         ("Other hardware (model)", resource_sections.other_hardware(card)),
-        ("How to load", sections.how_to_load(card)),
+        ("How to load", how_to_load(card)),
         ("Recipe and plan", sections.recipe(card)),
         ("Training", sections.training(card)),
         ("Seeds and trials", resource_sections.trials(card)),
@@ -71,13 +72,14 @@ def _metadata(card: Card) -> str:
         # A score of a part of a split is left out: leaderboards would rank it beside complete ones.
         if row.variant == COMPRESSED and row.score.complete:
             data = card.data_of(row.score)
+            split = hub_split(data.task, row.score.split) if data.hub_id else None  # None: no such rows on the Hub
             results.append(
                 EvalResult(
                     task_type=data.pipeline,
-                    dataset_type=data.hub_id or data.task,
+                    dataset_type=data.hub_id if data.hub_id and split else data.task,
                     dataset_name=data.name,
-                    dataset_config=data.config,
-                    dataset_split=HUB_SPLITS.get(row.score.split, row.score.split) if data.hub_id else row.score.split,
+                    dataset_config=data.config if split else None,
+                    dataset_split=split or row.score.split,
                     metric_type=row.score.metric,
                     metric_name=numbers.metric_name(row.score.metric),
                     metric_value=round(row.score.value, 6),

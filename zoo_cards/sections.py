@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from . import numbers
@@ -77,37 +76,6 @@ def speed(card: Card) -> str:
 def plots(names: Sequence[str]) -> str:
     """Pictures that lie in ``plots/`` beside the card, each with what it shows."""
     return "\n\n".join(f"![{PLOTS[name]}]({FOLDER}/{name})\n\n{PLOTS[name]}" for name in names)
-
-
-def how_to_load(card: Card) -> str:
-    data = card.data[0]
-    lines = ["import squeezoo", f'model = squeezoo.load("{card.name}")']
-    if data.image is None:
-        texts = ", ".join(json.dumps(text) for text in data.example)
-        lines += [
-            f'tokenizer = squeezoo.load_processor("{card.name}")',
-            f'print(model(**tokenizer({texts}, return_tensors="pt")).logits.softmax(-1))',
-        ]
-    else:
-        timm = card.base.library == "timm"
-        shape = ", ".join(str(length) for length in (1, *data.image))
-        lines.insert(1, "import torch")
-        lines += [
-            f"images = torch.zeros({shape})  # batch, channels, height, width",
-            f"print(model({'images' if timm else 'pixel_values=images'}){'' if timm else '.logits'}.softmax(-1))",
-        ]
-    code = "\n".join(lines)
-    text = (
-        f"```python\n{code}\n```\n\n"
-        f"`model` is an ordinary {card.base.library} module in evaluation mode; its GEMMs run on integer kernels where "
-        "the recipe and the machine allow it."
-    )
-    if card.weights == "reproducible":
-        text += (
-            " **The weights are not distributed with Squeezoo**: run the commands under *How to reproduce* first and "
-            "give the folder that they write instead of the name."
-        )
-    return text
 
 
 def recipe(card: Card) -> str:

@@ -309,6 +309,47 @@ def test_decoding_ahead_is_bounded_and_the_same() -> None:
         assert ahead[30] == {"x": 30}
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224"])
+def test_timms_transform_in_numpy_gives_the_same_bits(name: str) -> None:
+    """Reference: timm's own `create_transform`, on sizes around the crop, upright, lying, odd, smaller than it; its
+    constants are 0.5 for one model and ImageNet's for the other."""
+    import timm
+    from squeezoo.eval.imagenet_numpy import NumpyNormalized
+    from timm.data import create_transform, resolve_data_config
+
+    small = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    model = timm.create_model(name, **small)
+    whole = create_transform(**resolve_data_config({"input_size": (3, 32, 32)}, model=model))
+    ours = transform_of(model)[0]
+    assert isinstance(ours, NumpyNormalized)
+    draw = random.Random(5)
+    sizes = [(35, 35), (36, 36), (48, 36), (36, 500), (33, 37), (8, 300), (5, 5), (64, 64), (1, 90)]
+    sizes += [(draw.randint(20, 200), draw.randint(20, 200)) for _ in range(4)]
+    for number, (width, height) in enumerate(sizes):
+        image = _picture(number, width, height)
+        assert torch.equal(ours(image), whole(image)), (width, height)
+
+
+def test_transforms_that_numpy_does_not_know_stay_as_they_are() -> None:
+    """Steps of other names, another order, and a conversion that is not a division by 255."""
+    from squeezoo.eval.imagenet_numpy import NumpyNormalized, with_numpy
+    from timm.data import create_transform
+    from timm.data.transforms import MaybeToTensor
+
+    class ToTensor(MaybeToTensor):  # type: ignore[misc]
+        def __call__(self, image: Any) -> torch.Tensor:
+            doubled: torch.Tensor = 2 * super().__call__(image)
+            return doubled
+
+    usual = create_transform((3, 32, 32))
+    assert isinstance(with_numpy(usual), NumpyNormalized)
+    without = create_transform((3, 32, 32), normalize=False)
+    assert with_numpy(without) is without
+    assert with_numpy(str) is str
+    usual.transforms[-2] = ToTensor()
+    assert with_numpy(usual) is usual
+
+
 def test_hub_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder in the Hub repository's own form, read by the real ``datasets``: columns image and label."""
     import datasets

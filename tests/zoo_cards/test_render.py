@@ -16,6 +16,7 @@ from rich.console import Console
 from squeezoo.eval.speed import Speed
 from squeezoo.eval.task import Score
 from squeezoo.zoo_cards.card import Card, ScoreRow
+from squeezoo.zoo_cards.datasets import describe_task
 from squeezoo.zoo_cards.render import render_card, render_comparison, render_table, render_terminal, write_card
 from squeezoo.zoo_cards.tables import Grid, Measured
 
@@ -67,6 +68,21 @@ def test_samples_are_marked_and_not_ranked(new_card: NewCard, new_score: NewScor
     assert "| SST-2 | dev | 100 (sample) | accuracy | 95.00 % | 94.00 % | - |" in text
     assert "model-index" not in text
     assert ModelCard(text).data.get("eval_results") is None
+
+
+def test_a_part_of_a_hub_split_is_not_named_as_the_hubs(new_card: NewCard, new_score: NewScore) -> None:
+    """Source: `squad1-articles` scores ten articles of SQuAD's development set; the Hub's `validation` is all 48, and a
+    leaderboard would rank them together. The whole development set is called `validation`."""
+    found = {}
+    for task in ("squad1", "squad1-articles"):
+        score = new_score(0.8, task=task, metric="f1", split="dev")
+        rows = tuple(ScoreRow(variant, score) for variant in ("dense", "compressed"))
+        text = render_card(new_card(scores=rows, data=(describe_task(task),)))
+        parsed: Any = ModelCard(text).data
+        (result,) = parsed.eval_results
+        found[task] = (result.dataset_type, result.dataset_split)
+        assert parsed.datasets == ["rajpurkar/squad"]
+    assert found == {"squad1": ("rajpurkar/squad", "validation"), "squad1-articles": ("squad1-articles", "dev")}
 
 
 def test_results_stand_side_by_side(card: Card) -> None:

@@ -1,8 +1,7 @@
-"""What a real checkpoint weighs, and that the lines its card prints really load and run it."""
+"""What a real checkpoint weighs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,7 @@ from squeezoo.compress.finetune import TrainData
 from squeezoo.compress.plan import make_plan
 from squeezoo.compress.recipe import Recipe
 from squeezoo.models.dense import Dense, save_dense
-from squeezoo.zoo_cards.card import Breakdown, Card, Size, StorageForm
-from squeezoo.zoo_cards.datasets import describe_task
-from squeezoo.zoo_cards.render import render_card
+from squeezoo.zoo_cards.card import Breakdown, Size, StorageForm
 from squeezoo.zoo_cards.sizes import measure_size, measure_storage
 from tiny import TINY, tiny_batch
 
@@ -152,31 +149,3 @@ def test_no_dense_weights_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"expected the dense model's \*.safetensors"):
         measure_size(small, tmp_path / "empty")
-
-
-@pytest.mark.parametrize("library", ["timm", "vit", "bert"])
-def test_the_printed_lines_run(
-    library: str, tmp_path: Path, new_card: Callable[..., Card], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Source: the card itself: its Python block, with the folder for the name, is executed on a real checkpoint."""
-    name = {"timm": "timm_vit"}.get(library, library)
-    text = library == "bert"
-    small, _ = squeeze(name, one_shot("block"), tmp_path, _tokenizer(tmp_path) if text else None)
-    card = new_card(data=(describe_task("glue/mrpc" if text else "digits"),), scores=())
-    card = replace(card, base=replace(card.base, library="timm" if library == "timm" else "transformers"))
-    code = render_card(card).split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) <= 5
-    names: dict[str, Any] = {}
-    exec(code.replace(card.name, str(small)), names)
-    assert "tensor([[" in capsys.readouterr().out
-    assert isinstance(names["model"], type(TINY[name]()))
-    assert not names["model"].training
-
-
-def _tokenizer(folder: Path) -> object:
-    import transformers as hf
-
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] the firm sold its london office in was by ."
-    (folder / "vocab.txt").write_text(words.replace(" ", "\n"), encoding="utf-8")
-    tokenizer: Any = hf.BertTokenizerFast  # type: ignore[attr-defined]
-    return tokenizer(str(folder / "vocab.txt"))
