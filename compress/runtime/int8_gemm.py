@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..quantizers import InputQuantization
 from . import native
-from .levels import SIGN, Levels, to_levels
+from .levels import SIGN, Levels, check_finite, to_levels
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 Kernel = Literal["plain", "packed", "native", "dense"]
@@ -134,7 +134,7 @@ class Int8Gemm:
         """[..., I] → [..., O], in the dtype of ``x`` unless the result is levels.
 
         Raises:
-            ValueError: the last dimension of ``x`` is not I.
+            ValueError: the last dimension of ``x`` is not I, or NaN or infinity in it.
             TypeError: ``x`` is not floating point (nor levels, where they are accepted).
             RuntimeError: ``x`` is not on the CPU.
         """
@@ -158,6 +158,8 @@ class Int8Gemm:
                 emitted = None  # levels would not tell the next GEMM which dtype the model works in
             if levels is None:
                 levels = Levels.of(self.input, x_TI)
+            elif kernel != "native":
+                check_finite(x_TI, "the input of an int8 matrix")
             if kernel == "dense":
                 y_TO = self._run_dense(x_TI, levels).to(dtype)
                 return y_TO if len(shape) == 2 else y_TO.view(*shape[:-1], self.out_features)

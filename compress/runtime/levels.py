@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,25 @@ class MapLevels:
     k: Levels
     p: Levels
     v: Levels
+
+
+def not_finite(x: Tensor, what: str) -> str:
+    """The error about an input that has no levels."""
+    bad = int((~x.isfinite()).sum())
+    if not bad:
+        return f"{what} is finite, but its values are so large that what is computed from them is not"
+    return (
+        f"expected finite values in {what}, found {bad} of {x.numel()} that are NaN or infinite: look at the model's "
+        "inputs, and whether backend='reference' gives finite results"
+    )
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """Raises:
+    ValueError: NaN or infinity in ``x``; says how many.
+    """
+    if not math.isfinite(float(x.sum())) and not bool(x.isfinite().all()):  # finite values may sum up to infinity
+        raise ValueError(not_finite(x, what))
 
 
 def to_levels(x_TI: Tensor, levels: Levels, signed: bool) -> Tensor:

@@ -361,3 +361,32 @@ def test_inexact_or_missing_operators_are_not_supported(monkeypatch: pytest.Monk
         supported, reason = int8_supported.__wrapped__()
         assert not supported
         assert "no attribute 'no_such_operator'" in reason
+
+
+@needs_int8
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kernel", ["native", "packed", "plain", "dense"])
+def test_activations_that_are_not_finite_are_refused(kernel: str, bad: float) -> None:
+    """They have no level: silently they would become some number. One value among many, at any kernel."""
+    source = random_gemm(36, 20, name="g")
+    gemm = cpu.Int8Gemm(source.weight_q_OI, source.scale_O, source.bias_O, source.input)
+    if kernel not in gemm.candidates():
+        pytest.skip(f"no {kernel} kernel here")
+    x = torch.full((7, 20), 3e38)  # finite, but not its sum
+    gemm.run_with(kernel, x)  # type: ignore[arg-type]
+    x[5, 11] = bad
+    with pytest.raises(ValueError, match="expected finite values in the input of an int8 matrix, found 1 of 140"):
+        gemm.run_with(kernel, x)  # type: ignore[arg-type]
+
+
+@needs_int8
+@pytest.mark.parametrize("name", ["timm_vit", "bert"])
+def test_a_model_refuses_them_too(name: str) -> None:
+    """A fused block where the model has one; else its first GEMM."""
+    fast = copy.deepcopy(pair(name)[0])
+    batch = tiny.tiny_batch(name)
+    logits(fast, batch)
+    broken = next(tensor for key, tensor in fast.named_parameters() if "norm" in key.lower())
+    broken[3] = float("nan")
+    with pytest.raises(ValueError, match=r"expected finite values in the input of an int8 (matrix|Block|BertLayer)"):
+        logits(fast, batch)

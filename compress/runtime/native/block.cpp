@@ -32,7 +32,8 @@ void run(const Gemm& gemm, const Levels& levels, const uint8_t* level, int64_t r
     multiply(gemm, level, rows, gemm.inputs, levels.scale, levels.zero_point, residual, emitted, out, threads);
 }
 
-void some(const Block& block, const float* x, int64_t batch, int64_t length, const Mask& mask, float* y, int threads) {
+// Whether the block's input, and what its norms read, is finite.
+bool some(const Block& block, const float* x, int64_t batch, int64_t length, const Mask& mask, float* y, int threads) {
     const int64_t rows = batch * length, across = block.qkv.outputs, width = block.heads * block.head_width;
     const int64_t widest = block.qkv.inputs > width ? block.qkv.inputs : width;
     const int64_t levels = aligned(rows * widest), inner = aligned(rows * block.down.inputs);
@@ -44,10 +45,9 @@ void some(const Block& block, const float* x, int64_t batch, int64_t length, con
     float* qkv = reinterpret_cast<float*>(memory + levels + inner);
     float* stream = reinterpret_cast<float*>(memory + levels + inner + floats);
 
-    if (block.norm_first)
-        normalize_rows(x, rows, block.attention_norm, nullptr, &block.of_qkv, level, threads);
-    else
-        quantize_rows(x, rows, block.qkv.inputs, block.of_qkv, level, threads);
+    bool finite = block.norm_first
+                      ? normalize_rows(x, rows, block.attention_norm, nullptr, &block.of_qkv, level, threads)
+                      : quantize_rows(x, rows, block.qkv.inputs, block.of_qkv, level, threads);
     run(block.qkv, block.of_qkv, level, rows, nullptr, nullptr, qkv, threads);
 
     const int64_t stride[3] = {length * across, block.head_width, across};
@@ -59,25 +59,29 @@ void some(const Block& block, const float* x, int64_t batch, int64_t length, con
     attention(qkv, qkv + width, qkv + 2 * width, shape, mask, map, &block.of_out, level, threads);
 
     run(block.out, block.of_out, level, rows, x, nullptr, stream, threads);
-    normalize_rows(stream, rows, block.norm_first ? block.ffn_norm : block.attention_norm,
-                   block.norm_first ? nullptr : stream, &block.of_up, level, threads);
+    finite &= normalize_rows(stream, rows, block.norm_first ? block.ffn_norm : block.attention_norm,
+                             block.norm_first ? nullptr : stream, &block.of_up, level, threads);
     run(block.up, block.of_up, level, rows, nullptr, &block.of_down, hidden, threads);
     run(block.down, block.of_down, hidden, rows, stream, nullptr, y, threads);
-    if (!block.norm_first) normalize_rows(y, rows, block.ffn_norm, y, nullptr, nullptr, threads);
+    if (!block.norm_first) finite &= normalize_rows(y, rows, block.ffn_norm, y, nullptr, nullptr, threads);
+    return finite;
 }
 
 }  // namespace
 }  // namespace sq
 
-// x and y: [batch, length, width] floats, dense, not the same. All widths are multiples of 4.
-SQ_EXPORT void sq_block(const sq::Block* block, const float* x, int64_t batch, int64_t length, const sq::Mask* mask,
-                        float* y, int threads) {
+// x and y: [batch, length, width] floats, dense, not the same. All widths are multiples of 4. 1 if all values are finite,
+// else 0.
+SQ_EXPORT int32_t sq_block(const sq::Block* block, const float* x, int64_t batch, int64_t length, const sq::Mask* mask,
+                           float* y, int threads) {
+    bool finite = true;
     const int64_t together = length >= sq::TOGETHER ? 1 : sq::TOGETHER / length, width = length * block->qkv.inputs;
     for (int64_t at = 0; at < batch; at += together) {
         sq::Mask part = *mask;
         if (part.at)
             part.at = static_cast<const char*>(part.at) + at * part.stride[0] * (part.is_bool ? 1 : 4);
-        sq::some(*block, x + at * width, at + together < batch ? together : batch - at, length, part, y + at * width,
-                 threads);
+        finite &= sq::some(*block, x + at * width, at + together < batch ? together : batch - at, length, part,
+                           y + at * width, threads);
     }
+    return finite;
 }

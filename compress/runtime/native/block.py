@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...attention_map import ATTENTION_MAP
 from ...attention_transformers import IMPLEMENTATION
 from ..int8_gemm import Int8Gemm
-from ..levels import MapLevels
+from ..levels import MapLevels, not_finite
 from .kernels import c_map_levels, mask_record, norm_record
 from .library import CBlock, CMapLevels, c_levels, load
 from .map_levels import MapReader
@@ -110,17 +110,23 @@ class FusedForward:
         return type(self.block).forward(self.block, *args, **kwargs)
 
     def fused(self, x_BLI: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, L, I] → [B, L, I]; ``mask`` broadcastable to [B, H, L, L]."""
+        """[B, L, I] → [B, L, I]; ``mask`` broadcastable to [B, H, L, L].
+
+        Raises:
+            ValueError: NaN or infinity in the input, or come of it.
+        """
         record = self._current_record()
         batch, length, _ = x_BLI.shape
         x_BLI = x_BLI.contiguous()
         expanded, of_mask = mask_record(mask, batch, self.heads, length, length)
         y_BLI = torch.empty(x_BLI.shape)
-        load().sq_block(
+        finite = load().sq_block(
             addressof(record), x_BLI.data_ptr(), batch, length, addressof(of_mask), y_BLI.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
         del expanded
+        if not finite:
+            raise ValueError(not_finite(x_BLI, f"the input of an int8 {type(self.block).__name__}"))
         return y_BLI
 
     def map_levels(self) -> MapLevels | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..levels import Levels, MapLevels
+from ..levels import Levels, MapLevels, not_finite
 from .build import BuildError
 from .library import CAttention, CMapLevels, CMask, CNorm, c_levels, load
 from .matrix import NativeGemm
@@ -43,13 +43,19 @@ def _is_exact() -> bool:
 
 
 def quantize(x_TI: Tensor, levels: Levels) -> Tensor:
-    """float32 [T, I] → uint8 levels: x / scale rounded half to even, then the zero point. A NaN becomes ``low``."""
+    """float32 [T, I] → uint8 levels: x / scale rounded half to even, then the zero point.
+
+    Raises:
+        ValueError: NaN or infinity in ``x_TI``.
+    """
     x_TI = x_TI.contiguous()
     record = c_levels(levels)
     level_TI = torch.empty(x_TI.shape, dtype=torch.uint8)
-    load().sq_quantize(
+    finite = load().sq_quantize(
         x_TI.data_ptr(), x_TI.shape[0], x_TI.shape[1], addressof(record), level_TI.data_ptr(), torch.get_num_threads()
     )
+    if not finite:
+        raise ValueError(not_finite(x_TI, "the input of an int8 matrix"))
     return level_TI
 
 

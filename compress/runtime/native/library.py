@@ -68,11 +68,11 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "sq_packed_size": (_I64, [_I64, _I64, _I32]),
     "sq_pack": (None, [_P, _I64, _I64, _I32, _P, _I32]),
     "sq_gemm": (None, [_P, _P, _I64, _I64, _F32, _I32, _P, _P, _P, _I32]),
-    "sq_quantize": (None, [_P, _I64, _I64, _P, _P, _I32]),
+    "sq_quantize": (_I32, [_P, _I64, _I64, _P, _P, _I32]),
     "sq_normalize": (None, [_P, _I64, _P, _P, _P, _P, _I32]),
     "sq_has_bfloat16": (_I32, []),
     "sq_attention": (None, [_P, _P, _P, _P, _P, _P, _P, _P, _I32]),
-    "sq_block": (None, [_P, _P, _I64, _I64, _P, _P, _I32]),
+    "sq_block": (_I32, [_P, _P, _I64, _I64, _P, _P, _I32]),
 }
 
 

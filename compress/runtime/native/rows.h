@@ -15,19 +15,28 @@ struct Norm {
     float epsilon;
 };
 
-SQ_INLINE void quantize_row(const float* x, int64_t width, const Quantizer& quantize, uint8_t* level) {
+// Whether all values were finite: 0 * x is NaN for infinity and NaN.
+SQ_INLINE bool quantize_row(const float* x, int64_t width, const Quantizer& quantize, uint8_t* level) {
+    __m512 zeros = _mm512_setzero_ps();
     int64_t at = 0;
-    for (; at + LANES <= width; at += LANES)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(level + at), quantize(_mm512_loadu_ps(x + at)));
+    for (; at + LANES <= width; at += LANES) {
+        const __m512 value = _mm512_loadu_ps(x + at);
+        zeros = _mm512_fmadd_ps(value, _mm512_setzero_ps(), zeros);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(level + at), quantize(value));
+    }
     if (at < width) {
         const __mmask16 mask = first(width - at);
-        _mm_mask_storeu_epi8(level + at, mask, quantize(_mm512_maskz_loadu_ps(mask, x + at)));
+        const __m512 value = _mm512_maskz_loadu_ps(mask, x + at);
+        zeros = _mm512_fmadd_ps(value, _mm512_setzero_ps(), zeros);
+        _mm_mask_storeu_epi8(level + at, mask, quantize(value));
     }
+    return !_mm512_cmp_ps_mask(zeros, zeros, _CMP_UNORD_Q);
 }
 
-// y = (x - mean) / sqrt(variance + epsilon) * weight + bias; y and level may be null, y may be x.
+// y = (x - mean) / sqrt(variance + epsilon) * weight + bias; y and level may be null, y may be x. Whether the variance
+// is finite, which it is not if any value is not.
 template <bool EMIT>
-SQ_INLINE void normalize_row(const float* x, const Norm& norm, const Quantizer& quantize, float* y, uint8_t* level) {
+SQ_INLINE bool normalize_row(const float* x, const Norm& norm, const Quantizer& quantize, float* y, uint8_t* level) {
     const int64_t width = norm.width;
     const float count = static_cast<float>(width);
     __m512 total = _mm512_setzero_ps();
@@ -50,11 +59,13 @@ SQ_INLINE void normalize_row(const float* x, const Norm& norm, const Quantizer& 
         if (y) _mm512_mask_storeu_ps(y + at, mask, value);
         if constexpr (EMIT) _mm_mask_storeu_epi8(level + at, mask, quantize(value));
     }
+    return std::isfinite(variance);
 }
 
-void quantize_rows(const float* x_TI, int64_t rows, int64_t width, const Levels& levels, uint8_t* level_TI,
+// Both: whether all values were finite.
+bool quantize_rows(const float* x_TI, int64_t rows, int64_t width, const Levels& levels, uint8_t* level_TI,
                    int threads);
-void normalize_rows(const float* x_TI, int64_t rows, const Norm& norm, float* y_TI, const Levels* levels,
+bool normalize_rows(const float* x_TI, int64_t rows, const Norm& norm, float* y_TI, const Levels* levels,
                     uint8_t* level_TI, int threads);
 
 }  // namespace sq
