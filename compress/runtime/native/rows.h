@@ -33,8 +33,8 @@ SQ_INLINE bool quantize_row(const float* x, int64_t width, const Quantizer& quan
     return !_mm512_cmp_ps_mask(zeros, zeros, _CMP_UNORD_Q);
 }
 
-// y = (x - mean) / sqrt(variance + epsilon) * weight + bias; y and level may be null, y may be x. Whether the variance
-// is finite, which it is not if any value is not.
+// y = (x - mean) / sqrt(variance + epsilon) * weight + bias; y and level may be null, y may be x. Whether all of y is
+// finite, which it is not if a value of x is not.
 template <bool EMIT>
 SQ_INLINE bool normalize_row(const float* x, const Norm& norm, const Quantizer& quantize, float* y, uint8_t* level) {
     const int64_t width = norm.width;
@@ -51,15 +51,17 @@ SQ_INLINE bool normalize_row(const float* x, const Norm& norm, const Quantizer& 
     }
     const float variance = _mm512_reduce_add_ps(squares) / count;
     const __m512 inverse = _mm512_set1_ps(1.0f / std::sqrt(variance + norm.epsilon));
+    __m512 zeros = _mm512_setzero_ps();
     for (int64_t at = 0; at < width; at += LANES) {
         const __mmask16 mask = first(width - at);
         __m512 value = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + at), mean), inverse);
         if (norm.weight) value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, norm.weight + at));
         if (norm.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, norm.bias + at));
+        zeros = _mm512_fmadd_ps(value, _mm512_setzero_ps(), zeros);
         if (y) _mm512_mask_storeu_ps(y + at, mask, value);
         if constexpr (EMIT) _mm_mask_storeu_epi8(level + at, mask, quantize(value));
     }
-    return std::isfinite(variance);
+    return !_mm512_cmp_ps_mask(zeros, zeros, _CMP_UNORD_Q);
 }
 
 // Both: whether all values were finite.
