@@ -45,7 +45,7 @@ def not_finite(x: Tensor, what: str) -> str:
     """The error about an input that has no levels."""
     bad = int((~x.isfinite()).sum())
     if not bad:
-        return f"{what} is finite, but its values are so large that what is computed from them is not"
+        return f"{what} is finite, what comes of it is not: too large values, or parameters with NaN or infinity"
     return (
         f"expected finite values in {what}, found {bad} of {x.numel()} that are NaN or infinite: look at the model's "
         "inputs, and whether backend='reference' gives finite results"

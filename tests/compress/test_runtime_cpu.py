@@ -388,5 +388,7 @@ def test_a_model_refuses_them_too(name: str) -> None:
     logits(fast, batch)
     broken = next(tensor for key, tensor in fast.named_parameters() if "norm" in key.lower())
     broken[3] = float("nan")
-    with pytest.raises(ValueError, match=r"expected finite values in the input of an int8 (matrix|Block|BertLayer)"):
+    with pytest.raises(
+        ValueError, match=r"the input of an int8 (matrix|Block|BertLayer).*(NaN or inf|parameters with)"
+    ):
         logits(fast, batch)
