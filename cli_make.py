@@ -86,8 +86,8 @@ def permute(
     out_dir: Annotated[Path | None, typer.Option("--out", "-o", help="write the permuted dense model here")] = None,
     json_: JsonFlag = False,
 ) -> None:
-    """What reordering channels brings N:M: the share of the magnitude that is kept, GEMM by GEMM, and the proof that
-    the dense model's outputs stay the same.
+    """What reordering channels brings to N:M sparsity: the share of the magnitude that is kept, GEMM by GEMM, and the
+    proof that the dense model's outputs stay the same.
 
     Example: squeezoo permute minilm-l6 --pattern 2:4
     """

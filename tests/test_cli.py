@@ -69,6 +69,9 @@ def test_finetune_compress_eval_verify_bench_card(dense, checkpoint, tmp_path):
     assert "golden output" in run("verify", checkpoint).output
     assert json.loads(run("load-check", checkpoint, "--json").stdout)["reference_error"] < 1e-3
     speeds = json.loads(run("bench", checkpoint, "--batch", 1, "--batch", 2, "--repeats", 20, "--json").stdout)
+    explained = json.loads(run("bench", checkpoint, "--batch", 1, "--repeats", 20, "--explain", "--json").stdout)
+    assert [*explained] == ["speed", "selection"]  # nothing is measured in tests, so nothing was chosen
+    assert "--backend auto alone" in run("bench", checkpoint, "--repeats", 20, "--explain", "--backend", "dense").stderr
     assert [(s["batch"], s["repeats"], s["image_size"]) for s in speeds] == [(1, 20, [8, 8]), (2, 20, [8, 8])]
     run(
         "card", checkpoint, "--dense", dense, "--task", "digits", "--batch", 1, "--repeats", 20,

@@ -57,6 +57,7 @@ class Int8Unit:
         flags: list[str] = [first.input.kind, *([first.activation] if first.activation else [])]
         flags += ["bias"] if first.bias_O is not None else []
         flags += ["asymmetric"] if first.input.qmin >= 0 else []
+        flags += ["sparse"] if all(gemm.skips_zeros() for gemm in self.gemms) else []
         if len(self.gemms) == 2:
             return Workload("ffn", (first.in_features, first.out_features), tuple(flags))
         return Workload("linear", (first.out_features, first.in_features), tuple(flags))
@@ -104,6 +105,7 @@ class BlockUnit:
         kinds = {
             up.activation or "": up.activation is not None,
             "norm_first": self.forward.norm_first,
+            "sparse": all(gemm.skips_zeros() for gemm in self.forward.gemms),
             "float32_attention": not self.forward.bfloat16,
             "int8_attention": self.forward.map_levels() is not None,
         }

@@ -188,6 +188,10 @@ class Int8Gemm:
             self._native = native.NativeGemm(self.weight_q_OI, self.scale_O, self.bias_O, self.activation)
         return self._native
 
+    def skips_zeros(self) -> bool:
+        """Whether the native kernel reads these weights without their zeros."""
+        return self._has_native() and self.native_gemm().span != native.DENSE_SPAN
+
     def _has_native(self) -> bool:
         return self._native is not None or (
             native.available()[0] and native.supported(self.out_features, self.in_features)

@@ -38,39 +38,29 @@ def explain_rows(selection: Selection) -> list[dict[str, Any]]:
     ]
 
 
-def selection_table(selection: Selection) -> Table:
-    """A row per workload and number of rows: milliseconds of each kernel, the chosen one marked, and where the choice
-    changes."""
+def selection_tables(selection: Selection) -> list[Table]:
+    """A table per workload that was measured: milliseconds of each kernel by rows, the chosen one marked; its title
+    says where the choice changes and where the times are from."""
+    return [_table(chosen) for chosen in selection.chosen if chosen.choice is not None and chosen.times]
+
+
+def _table(chosen: Chosen) -> Table:
     from rich.table import Table
 
-    kernels = [*dict.fromkeys(k for c in selection.chosen for samples in c.times.values() for k in samples)]
-    table = Table(
-        "workload", "modules", "rows", *(f"{kernel} ms" for kernel in kernels), "changes after rows", "source"
-    )
-    for column in table.columns[1 : 3 + len(kernels)]:
+    assert chosen.choice is not None
+    kernels = [*dict.fromkeys(kernel for samples in chosen.times.values() for kernel in samples)]
+    segments = chosen.choice.segments
+    parts = [f"{kernel} up to {last:,} rows" for last, kernel in segments[:-1]]
+    choice = f"{', '.join(parts)}, then {segments[-1][1]}" if parts else f"{segments[-1][1]} everywhere"
+    modules = f"{len(chosen.names)} modules, first {chosen.names[0]}" if len(chosen.names) > 1 else chosen.names[0]
+    title = f"{chosen.workload.key} ({modules})\n{choice} ({chosen.source})"
+    table = Table("rows", *(f"{kernel} ms" for kernel in kernels), title=title, title_justify="left")
+    for column in table.columns:
         column.justify = "right"
-    for chosen in selection.chosen:
-        _add_rows(table, chosen, kernels)
+    for rows, samples in chosen.times.items():
+        cells = (_cell(samples[k].median if k in samples else None, chosen.choice(rows) == k) for k in kernels)
+        table.add_row(f"{rows:,}", *cells)
     return table
-
-
-def _add_rows(table: Table, chosen: Chosen, kernels: list[str]) -> None:
-    what, count = chosen.workload.key, str(len(chosen.names))
-    if chosen.choice is None:
-        table.add_row(what, count, *[""] * (1 + len(kernels)), "", chosen.source, end_section=True)
-        return
-    changes = ", ".join(
-        f"{last:,}: {before} to {after}"
-        for (last, before), (_, after) in zip(chosen.choice.segments, chosen.choice.segments[1:], strict=False)
-    )
-    for index, (rows, samples) in enumerate(chosen.times.items()):
-        cells = [_cell(samples[k].median if k in samples else None, chosen.choice(rows) == k) for k in kernels]
-        first = index == 0
-        table.add_row(
-            what if first else "", count if first else "", f"{rows:,}", *cells,
-            (changes or f"never: {chosen.choice.kernels[0]}") if first else "", chosen.source if first else "",
-            end_section=index == len(chosen.times) - 1,
-        )  # fmt: skip
 
 
 def _cell(seconds: float | None, chosen: bool) -> str:

@@ -20,7 +20,7 @@ from squeezoo.compress.runtime.candidates import units_of
 from squeezoo.compress.runtime.choice import EVER, MARGIN, Choice, winner
 from squeezoo.compress.runtime.int8_gemm import Int8Gemm
 from squeezoo.compress.runtime.select_cache import device_identity, read_times, table_path, write_times
-from squeezoo.compress.runtime.select_table import explain_rows, selection_table
+from squeezoo.compress.runtime.select_table import explain_rows, selection_tables
 from squeezoo.compress.runtime.select_timing import Sample, compare, steady
 from squeezoo.compress.runtime.selection import Selection, decide, select_kernels_
 from squeezoo.models.adapter import find_sites
@@ -228,8 +228,9 @@ def test_the_table_is_explained() -> None:
     assert row["segments"][-1][0] is None
     assert row["times"][8]["chosen"] == found.chosen[0].choice(8)  # type: ignore[misc]
     assert json.loads(json.dumps(row))["break_even"] == row["break_even"]
-    table = selection_table(found)
+    (table,) = selection_tables(found)
     assert table.row_count == 2
+    assert "ffn 20x36 static gelu bias" in str(table.title)
     assert any("*" in str(cell) for column in table.columns for cell in column.cells)
 
 
