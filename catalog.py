@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
@@ -37,6 +38,22 @@ def zoo_entry(name: str) -> tuple[Data, Table]:
     for key, value in record.items():
         table.add_row(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return record, table
+
+
+def checkpoint_entry(folder: Path) -> tuple[Data, str]:
+    """What a checkpoint folder holds, how many bytes each form takes, and what runs it on this machine."""
+    from .compress.backends import resolve_backend
+    from .compress.checkpoint import WEIGHTS, load_manifest, load_tensors
+    from .compress.explain import runtime_lines, storage_lines
+
+    manifest = load_manifest(folder)
+    stored = storage_lines(load_tensors(folder / WEIGHTS), manifest.plan)
+    backend = resolve_backend("auto", "cpu", manifest.plan, manifest.recipe.name)
+    assert backend != "cuda"
+    runs = runtime_lines(manifest.plan, backend)
+    data = {"name": manifest.name, "recipe": manifest.recipe.name, "stored": stored, "backend": backend, "runs": runs}
+    parts = [manifest.plan.summary(), "stored as", *(f"  {line}" for line in stored)]
+    return data, "\n".join([*parts, f"runs here as ({backend})", *(f"  {line}" for line in runs)])
 
 
 def adapters() -> tuple[Data, Table]:

@@ -45,14 +45,18 @@ def list_(
 
 
 @command
-def info(name: Annotated[str, typer.Argument(help="zoo name")], json_: JsonFlag = False) -> None:
-    """Everything the index knows about one published model.
+def info(
+    name: Annotated[str, typer.Argument(help="zoo name, or the folder of a checkpoint")], json_: JsonFlag = False
+) -> None:
+    """Everything the index knows about one published model; of a folder: its plan, how each matrix is stored and what
+    runs it here.
 
     Example: squeezoo info digits-vit.digits.gpusq-gemm-int8
     """
     from . import catalog
 
-    show_found(catalog.zoo_entry(name), json_)
+    folder = Path(name)
+    show_found(catalog.checkpoint_entry(folder) if folder.is_dir() else catalog.zoo_entry(name), json_)
 
 
 class CompareFormat(str, Enum):

@@ -39,8 +39,13 @@ def runtime_lines(plan: Plan, backend: Literal["int8", "reference", "dense"]) ->
     for gemm in plan.gemms:
         groups[_how(gemm)] += 1
     lines = [f"{count} x GEMM: {how}" for how, count in groups.items()]
-    if plan.attention:
-        lines.append(f"{len(plan.attention)} x attention map: float32, there is no kernel for N:M or quantized maps")
+    maps = [("N:M" if site.sparsity else "quantized") for site in plan.attention]
+    for kind, how in (
+        ("N:M", "float32, there is no kernel for N:M maps on the CPU"),
+        ("quantized", "int8 inside blocks that run as one native call, float32 elsewhere"),
+    ):
+        if kind in maps:
+            lines.append(f"{maps.count(kind)} x attention map: {how}")
     if plan.embeddings:
         lines.append(f"{len(plan.embeddings)} x embedding table: int8 rows, float32 where a tied projection needs it")
     return lines
@@ -55,6 +60,9 @@ def _how(gemm: PlannedGemm) -> str:
     how = f"int8 kernels, int{gemm.input_bits} inputs{dynamic}"
     if gemm.weight_bits != 8:
         how += f", int{gemm.weight_bits} weights held as int8"
+    skipped = gemm.sparsity is not None and ":" in gemm.sparsity
+    if skipped:
+        return how + f", zeros of {gemm.sparsity} left out by the native kernel where that is faster"
     return how + (f", zeros of {gemm.sparsity} multiplied" if gemm.sparsity else "")
 
 

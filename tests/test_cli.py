@@ -68,6 +68,10 @@ def test_finetune_compress_eval_verify_bench_card(dense, checkpoint, tmp_path):
         ]
     assert "golden output" in run("verify", checkpoint).output
     assert json.loads(run("load-check", checkpoint, "--json").stdout)["reference_error"] < 1e-3
+    found = json.loads(run("info", checkpoint, "--json").stdout)
+    assert found["recipe"] == "gpusq-gemm-int8"
+    assert any("2:4 int8" in line for line in found["stored"])
+    assert "runs here as" in run("info", checkpoint).stdout
     speeds = json.loads(run("bench", checkpoint, "--batch", 1, "--batch", 2, "--repeats", 20, "--json").stdout)
     explained = json.loads(run("bench", checkpoint, "--batch", 1, "--repeats", 20, "--explain", "--json").stdout)
     assert [*explained] == ["speed", "selection"]  # nothing is measured in tests, so nothing was chosen

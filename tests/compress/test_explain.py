@@ -26,7 +26,11 @@ def plan() -> Plan:
         gemm("c", weight=INT4, input={"method": "pact", "bits": 4}), gemm("d", sparsity="50%"),
         gemm("e", weight=INT8), gemm("f", weight=DYNAMIC, input=DYNAMIC), gemm("g", sparsity="1%", weight=INT8),
     )  # fmt: skip
-    maps = (PlannedAttention("m", 0, "self", "2:4", False, None, None, None, None),)
+    int8 = {"method": "minmax", "bits": 8}
+    maps = (
+        PlannedAttention("m", 0, "self", "2:4", False, None, None, None, None),
+        PlannedAttention("n", 1, "self", None, False, int8, int8, int8, int8),
+    )
     return Plan("bert", "r", gemms, attention=maps, embeddings=(PlannedEmbedding("w", 5, 4, "absmax", 8),))
 
 
@@ -53,12 +57,13 @@ def test_every_form_is_counted_with_its_true_bytes() -> None:
 def test_what_has_no_kernel_is_said() -> None:
     """Expected by hand: the kinds of the plan, once each."""
     assert runtime_lines(plan(), "int8") == [
-        "2 x GEMM: int8 kernels, int8 inputs, zeros of 2:4 multiplied",
+        "2 x GEMM: int8 kernels, int8 inputs, zeros of 2:4 left out by the native kernel where that is faster",
         "1 x GEMM: int8 kernels, int4 inputs, int4 weights held as int8",
         "1 x GEMM: float32, the weight is not quantized; its zeros are multiplied",
         "2 x GEMM: float32, int8 weights expanded: without quantized inputs there is no kernel",
         "1 x GEMM: int8 kernels, int8 inputs with a range per call",
-        "1 x attention map: float32, there is no kernel for N:M or quantized maps",
+        "1 x attention map: float32, there is no kernel for N:M maps on the CPU",
+        "1 x attention map: int8 inside blocks that run as one native call, float32 elsewhere",
         "1 x embedding table: int8 rows, float32 where a tied projection needs it",
     ]
     assert "slower than the dense model" in runtime_lines(plan(), "reference")[0]
