@@ -1,8 +1,9 @@
 """`squeezoo bench-engine`: how fast and how small the engine itself is, beside the targets set for it.
 
-Three parts. ``mask``: an N:M mask against top-k and against the public search over all patterns. ``oneshot``:
-SparseGPT, Wanda and magnitude 2:4 of SmolLM2-135M in processes of their own. ``step``: a training step with fake
-quantization against the dense one. Times are medians of calls made in turn.
+Four parts. ``mask``: an N:M mask against top-k and against the public search over all patterns. ``gemm``: 2:4 int8
+weights against dense int8 ones (`bench_gemm`). ``oneshot``: SparseGPT, Wanda and magnitude 2:4 of SmolLM2-135M in
+processes of their own. ``step``: a training step with fake quantization against the dense one. Times are medians of
+calls made in turn.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from .bench_oneshot import CALIBRATED, METHODS, Calibration, Job, run_job
 
-PARTS = ("mask", "oneshot", "step")
+PARTS = ("mask", "gemm", "oneshot", "step")
 PATTERNS = ("2:4", "1:4", "2:8", "4:8")
 RESULTS = Path(__file__).parent / "results"
 Say = Callable[[str], None]
@@ -77,6 +78,10 @@ def run_bench_engine(
             say(f"part {part}")
             if part == "mask":
                 found: Any = mask_part(size, repeats, say)
+            elif part == "gemm":
+                from .bench_gemm import gemm_part
+
+                found = gemm_part(repeats, say)
             elif part == "step":
                 found = step_part(step_model, batch, sequence, repeats, say)
             else:
@@ -125,7 +130,7 @@ def mask_part(size: int, repeats: int, say: Say = lambda _: None) -> dict[str, A
         kept = [float(w_OI[way()].abs().double().sum()) for way in ways.values()]
         if max(kept) - min(kept) > 1e-7 * max(kept):  # masks may differ where weights of a group are equal
             raise AssertionError(f"the {text} masks keep different sums of |w|: {dict(zip(ways, kept, strict=True))}")
-        timed = _in_turn(ways, repeats)
+        timed = in_turn(ways, repeats)
         rows.append({"pattern": text, "ms": timed})
         say(f"  {text}: " + ", ".join(f"{name} {value:.1f} ms" for name, value in timed.items()))
     first: Any = rows[0]["ms"]
@@ -217,7 +222,7 @@ def step_part(source: str, batch: int, sequence: int, repeats: int, say: Say = l
 
         return step
 
-    ms = _in_turn({"dense": step_of(dense), "fake-quantized": step_of(squeezed)}, repeats)
+    ms = in_turn({"dense": step_of(dense), "fake-quantized": step_of(squeezed)}, repeats)
     ratio = ms["fake-quantized"] / ms["dense"]
     say(f"  dense {ms['dense']:.0f} ms, fake-quantized {ms['fake-quantized']:.0f} ms, {ratio:.2f} times")
     return {
@@ -226,7 +231,7 @@ def step_part(source: str, batch: int, sequence: int, repeats: int, say: Say = l
     }  # fmt: skip
 
 
-def _in_turn(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def in_turn(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median milliseconds of each, called in turn after a first call that does not count; the order rotates."""
     import torch
 
@@ -268,6 +273,10 @@ def engine_table(record: Mapping[str, Any]) -> str:
             ms, own = row["ms"], row["ms"]["squeezoo"]
             rivals = " | ".join(f"{ms[name]:.1f} ({ms[name] / own:.1f}x)" for name in ("topk", "enumeration"))
             lines.append(f"| {row['pattern']} | {own:.1f} | {rivals} |")
+    if "gemm" in parts:
+        from .bench_gemm import gemm_lines
+
+        lines += ["", *gemm_lines(parts["gemm"])]
     if "oneshot" in parts:
         lines += ["", "| one-shot 2:4 | seconds | perplexity | peak MiB | loaded | pruning | evaluation |"]
         lines.append("|---|---|---|---|---|---|---|")

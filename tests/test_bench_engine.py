@@ -5,10 +5,12 @@ import json
 
 import pytest
 import torch
+from squeezoo import bench_gemm
 from squeezoo.bench_engine import _patterns as patterns
 from squeezoo.bench_engine import engine_table, enumeration_mask, mask_part, run_bench_engine, topk_mask
 from squeezoo.bench_oneshot import Job, calibration_windows, run_job
 from squeezoo.compress.masks import Pattern, magnitude_mask
+from squeezoo.compress.runtime import native
 from squeezoo.models.dense import save_dense
 from tiny import ALL
 from transformers import PreTrainedTokenizerFast
@@ -87,11 +89,11 @@ def test_calibration_windows_are_the_first_or_spread(language_model):
 
 
 def test_the_record_is_written_and_shown(language_model, tmp_path):
-    """Three parts at a tiny size; what is on disk is what is returned, and every target has its line."""
+    """All parts but the GEMMs at a tiny size; what is on disk is what is returned, and every target has its line."""
     out = tmp_path / "engine.json"
     record = run_bench_engine(
-        out=out, data_dir=language_model / "data", threads=1, repeats=2, size=32, methods=("magnitude",),
-        oneshot_model=str(language_model / "model"), step_model="transformers/distilbert", batch=2, sequence=8,
+        ("mask", "oneshot", "step"), out, data_dir=language_model / "data", threads=1, repeats=2, size=32,
+        methods=("magnitude",), oneshot_model=str(language_model / "model"), step_model="transformers/distilbert", batch=2, sequence=8,
         oneshot={"rows": 2, "length": 16, "test_tokens": 32, "window": 16},
     )  # fmt: skip
     assert json.loads(out.read_text()) == record
@@ -103,7 +105,7 @@ def test_the_record_is_written_and_shown(language_model, tmp_path):
 
 def test_bad_arguments_are_named(monkeypatch):
     monkeypatch.delenv("SQUEEZOO_DATA", raising=False)
-    with pytest.raises(ValueError, match="parts out of mask, oneshot, step, found speed"):
+    with pytest.raises(ValueError, match="parts out of mask, gemm, oneshot, step, found speed"):
         run_bench_engine(["speed"])
     with pytest.raises(ValueError, match="found magic"):
         run_bench_engine(["mask"], methods=["magic"])
@@ -136,3 +138,17 @@ def test_methods_that_calibrate_run_once_with_each_choice_of_windows(language_mo
         "wanda, first windows in at most 45 s",
         "wanda, even windows in at most 45 s",
     ]
+
+
+@pytest.mark.skipif(not native.available()[0], reason=native.available()[1])
+def test_sparse_int8_matrices_are_timed_beside_dense_ones(monkeypatch):
+    """Small matrices; with one row so many copies take turns as the cold bytes ask for."""
+    monkeypatch.setattr(bench_gemm, "SHAPES", {"wide": (128, 64)})
+    part = bench_gemm.gemm_part(2, rows=(1, 130), cold_bytes=20_000)
+    assert [(row["rows"], row["copies"]) for row in part["rows"]] == [(1, 3), (130, 1)]
+    assert all(set(row["ms"]) == {"float32", "dense int8", "2:4 int8"} for row in part["rows"])
+    assert list(part["targets"].values()) == [part["median gain"] > 1]
+    assert bench_gemm.gemm_lines(part)[2].startswith("| wide | 1 (from memory) | ")
+    monkeypatch.setattr(native, "available", lambda: (False, "no compiler"))
+    with pytest.raises(ValueError, match="part gemm times the native kernels: no compiler"):
+        bench_gemm.gemm_part(2)
