@@ -93,8 +93,8 @@ def test_the_record_is_written_and_shown(language_model, tmp_path):
     out = tmp_path / "engine.json"
     record = run_bench_engine(
         ("mask", "oneshot", "step"), out, data_dir=language_model / "data", threads=1, repeats=2, size=32,
-        methods=("magnitude",), oneshot_model=str(language_model / "model"), step_model="transformers/distilbert", batch=2, sequence=8,
-        oneshot={"rows": 2, "length": 16, "test_tokens": 32, "window": 16},
+        methods=("magnitude",), oneshot_model=str(language_model / "model"), step_model="transformers/distilbert",
+        batch=2, sequence=8, oneshot={"rows": 2, "length": 16, "test_tokens": 32, "window": 16},
     )  # fmt: skip
     assert json.loads(out.read_text()) == record
     table = engine_table(record)
