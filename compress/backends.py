@@ -14,6 +14,7 @@ from .runtime.cuda_support import CudaError, cuda_capability
 
 Backend = Literal["auto", "int8", "cuda", "reference", "dense"]
 Resolved = Literal["int8", "cuda", "reference", "dense"]
+Attention = Literal["auto", "float32"]
 
 
 class CheckpointError(RuntimeError):

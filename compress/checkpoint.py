@@ -30,7 +30,7 @@ from ..models.example import example_batch
 from ..models.folders import save_config
 from .atomic import recover_, replaced_folder, sha256
 from .attention_doors import attach_attention_
-from .backends import Backend, CheckpointError, Resolved, resolve_backend
+from .backends import Attention, Backend, CheckpointError, Resolved, resolve_backend
 from .pack import pack, unpack, without_tied
 from .plan import Plan
 from .quantizers import map_quantizer
@@ -182,7 +182,14 @@ def check_files(folder: str | Path, manifest: Manifest) -> None:
             )
 
 
-def load(folder: str | Path, *, device: str = "cpu", backend: Backend = "auto", check: bool = True) -> nn.Module:
+def load(
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    backend: Backend = "auto",
+    check: bool = True,
+    attention: Attention = "auto",
+) -> nn.Module:
     """The model of a checkpoint, ready for inference: a normal transformers / timm module in evaluation mode.
 
     Args:
@@ -194,6 +201,9 @@ def load(folder: str | Path, *, device: str = "cpu", backend: Backend = "auto", 
             ``auto`` takes ``int8`` or ``cuda`` where this machine has the kernels, and for each GEMM the kernel that
             was measured to be the fastest (`select_kernels_`: once per device, seconds, kept in the user's cache).
         check: compare every file with its SHA-256 first.
+        attention: with ``int8``, ``auto`` lets fused blocks multiply in bfloat16 where the CPU does, as GPUs and other
+            CPU engines do: its rounding moves some int8 inputs by one level, so single predictions differ from the
+            reference's as those of another rounding would; ``float32`` keeps to the reference's.
 
     Raises:
         CheckpointError: damaged files, or a backend that cannot run here.
@@ -203,7 +213,9 @@ def load(folder: str | Path, *, device: str = "cpu", backend: Backend = "auto", 
         check_files(folder, manifest)
     tensors = load_tensors(Path(folder) / WEIGHTS)
     resolved = resolve_backend(backend, device, manifest.plan, manifest.recipe.name)
-    model = assemble(manifest.model, tensors, manifest.plan, resolved, device).to(device)
+    if attention not in ("auto", "float32"):
+        raise CheckpointError(f"unknown attention {attention!r}; allowed: auto, float32")
+    model = assemble(manifest.model, tensors, manifest.plan, resolved, device, attention).to(device)
     if backend == "auto":
         select_kernels_(model)
     return model
@@ -222,11 +234,12 @@ def assemble(
     plan: Plan,
     backend: Resolved,
     device: str = "cpu",
+    attention: Attention = "auto",
 ) -> nn.Module:
     """Build the module tree and fill it with the packed tensors.
 
     ``dense`` leaves out everything that is not plain weights: rounded inputs and N:M attention maps. ``device`` is
-    where ``cuda`` puts the model.
+    where ``cuda`` puts the model. ``attention``: see `load`.
 
     Raises:
         PackError: tensors that contradict the plan. CheckpointError: tensors that the model lacks or does not know.
@@ -242,7 +255,7 @@ def assemble(
         pruned = [gemm.name for gemm in plan.gemms if gemm.sparsity and gemm.name not in unpacked.gemms]
         use_cuda_(model, sites, unpacked.gemms, sparse=pruned, options=CudaOptions(device=device))
     elif sites is not None:
-        use_int8_(model, sites, unpacked.gemms)
+        use_int8_(model, sites, unpacked.gemms, bfloat16_attention=attention == "auto")
         use_int8_embeddings_(model, unpacked.tables)
     use_quantized_inputs_(model, unpacked.inputs)
     if plan.attention:  # after the GEMMs: a door may hook the very modules that were replaced

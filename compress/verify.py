@@ -50,7 +50,9 @@ def verify(folder: str | Path) -> Verification:
 
     def error(backend: Resolved, tolerance: float) -> float:
         with torch.inference_mode():
-            output = logits(assemble(manifest.model, tensors, manifest.plan, backend), batch).float()
+            output = logits(
+                assemble(manifest.model, tensors, manifest.plan, backend, attention="float32"), batch
+            ).float()
         distance = relative_distance(output, golden["output"])
         if not distance <= tolerance:
             raise CheckpointError(

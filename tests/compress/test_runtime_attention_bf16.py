@@ -7,9 +7,11 @@ import math
 from collections.abc import Iterator
 
 import pytest
+import squeezoo
 import torch
 from squeezoo.compress.runtime import native
 from squeezoo.compress.runtime.levels import Levels
+from squeezoo.compress.runtime.native.block import FusedForward
 from torch import Tensor
 
 AVAILABLE, WHY_NOT = native.available()
@@ -190,3 +192,23 @@ def test_a_copy_keeps_the_choice() -> None:
     forward = FusedForward.__new__(FusedForward)
     forward.__dict__.update(bfloat16=False, _record=None)
     assert copy.deepcopy(forward).bfloat16 is False
+
+
+def test_all_blocks_of_a_trained_model_run_fused_and_float32_attention_can_be_asked_for() -> None:
+    """The published digits model, whose inputs were learned; every block takes part, with either attention. The bound:
+    bfloat16 moves inputs by one of 127 levels here and there."""
+    reference, exact, fast = (
+        squeezoo.load("digits-vit.digits.gpusq-gemm-int8", **how)
+        for how in ({"backend": "reference"}, {"backend": "int8", "attention": "float32"}, {"backend": "int8"})
+    )
+    pixels = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        expected, exactly, found = (model(pixels) for model in (reference, exact, fast))
+    for model, bfloat16 in ((exact, False), (fast, True)):
+        forwards = [vars(block).get("forward") for block in model.blocks]
+        assert len(forwards) == 3
+        assert all(isinstance(forward, FusedForward) and forward.bfloat16 is bfloat16 for forward in forwards)
+    assert float((exactly - expected).norm()) <= 0.05 * float(expected.norm())
+    assert float((found - expected).norm()) <= 0.2 * float(expected.norm())
+    with pytest.raises(RuntimeError, match="unknown attention 'fast'; allowed: auto, float32"):
+        squeezoo.load("digits-vit.digits.gpusq-gemm-int8", attention="fast")
