@@ -11,7 +11,7 @@ from typing import Any
 from .fields import checked_fields, require_count, require_text
 from .timing import Timing, no_garbage_collection, require_spread, spread_of
 
-PAUSE_S = 0.005  # worker threads of OpenMP spin some milliseconds for the next call, and would disturb another engine's
+PAUSE_S = 0.03  # worker threads of OpenMP and TBB spin for the next call, and would disturb another engine's
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
 Call = Callable[[], float]  # runs once, returns milliseconds
 
