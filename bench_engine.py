@@ -1,9 +1,10 @@
 """`squeezoo bench-engine`: how fast and how small the engine itself is, beside the targets set for it.
 
-Four parts. ``mask``: an N:M mask against top-k and against the public search over all patterns. ``gemm``: 2:4 int8
+Five parts. ``mask``: an N:M mask against top-k and against the public search over all patterns. ``gemm``: 2:4 int8
 weights against dense int8 ones (`bench_gemm`). ``oneshot``: SparseGPT, Wanda and magnitude 2:4 of SmolLM2-135M in
-processes of their own. ``step``: a training step with fake quantization against the dense one. Times are medians of
-calls made in turn.
+processes of their own. ``step``: a training step with fake quantization against the dense one (`bench_step`).
+``loading``: a packed BERT-base against its dense safetensors, in fresh processes (`bench_loading`). Times are medians,
+of calls made in turn.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from .bench_oneshot import CALIBRATED, METHODS, Calibration, Job, run_job
 
-PARTS = ("mask", "gemm", "oneshot", "step")
+PARTS = ("mask", "gemm", "oneshot", "step", "loading")
 PATTERNS = ("2:4", "1:4", "2:8", "4:8")
 RESULTS = Path(__file__).parent / "results"
 Say = Callable[[str], None]
@@ -39,6 +40,7 @@ def run_bench_engine(
     step_model: str = "minilm-l6",
     batch: int = 32,
     sequence: int = 128,
+    loading_model: str = "bert-base",
 ) -> dict[str, Any]:
     """Measure ``parts``; the record holds the environment and, per part, figures and which targets they meet.
 
@@ -49,7 +51,7 @@ def run_bench_engine(
         repeats: timed calls of each contender. size: rows and columns of the mask's matrix.
         oneshot_model, step_model: sources of `load_dense`. methods: of one-shot pruning.
         calibrations: see `Job`; each is a run of Wanda and of SparseGPT. ``oneshot``: further fields of `Job`.
-        batch, sequence: of the training step.
+        batch, sequence: of the training step. loading_model: one of `bench_models.MODELS`.
 
     Raises:
         ValueError: an unknown part or method, no data folder; nothing was measured.
@@ -83,7 +85,13 @@ def run_bench_engine(
 
                 found = gemm_part(repeats, say)
             elif part == "step":
+                from .bench_step import step_part
+
                 found = step_part(step_model, batch, sequence, repeats, say)
+            elif part == "loading":
+                from .bench_loading import loading_part
+
+                found = loading_part(loading_model, threads, say)
             else:
                 fields = {"threads": threads, **(oneshot or {})}
                 jobs = [
@@ -187,50 +195,6 @@ def oneshot_part(jobs: Sequence[Job], say: Say = lambda _: None) -> dict[str, An
     return {"rows": rows, "targets": targets}
 
 
-def step_part(source: str, batch: int, sequence: int, repeats: int, say: Say = lambda _: None) -> dict[str, Any]:
-    """Seconds of a training step (forward, backward, AdamW) of the dense model and of the one attached with
-    ``gpusq-gemm-int8``: learned scales of every weight and input, 2:4 masks."""
-    import torch
-
-    from .compress.attach import attach_, parameters_without_decay, prune_
-    from .compress.calibrate import calibrate_
-    from .compress.plan import make_plan
-    from .compress.recipe import Recipe
-    from .eval.speed import make_batch
-    from .models.dense import load_dense, logits
-
-    dense, squeezed = (load_dense(source, num_labels=2).model for _ in range(2))
-    inputs = make_batch(dense, batch, sequence)
-    labels = torch.randint(2, (batch,), generator=torch.Generator().manual_seed(1))
-    attach_(squeezed, make_plan(squeezed, Recipe.load("gpusq-gemm-int8")))
-    prune_(squeezed)
-    calibrate_(squeezed, [inputs])
-
-    def step_of(model: torch.nn.Module) -> Callable[[], None]:
-        plain = set(parameters_without_decay(model))
-        groups: list[dict[str, Any]] = [
-            {"params": [p for name, p in model.named_parameters() if name not in plain]},
-            {"params": [p for name, p in model.named_parameters() if name in plain], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=1e-5)
-        model.train()
-
-        def step() -> None:
-            torch.nn.functional.cross_entropy(logits(model, inputs), labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
-
-    ms = in_turn({"dense": step_of(dense), "fake-quantized": step_of(squeezed)}, repeats)
-    ratio = ms["fake-quantized"] / ms["dense"]
-    say(f"  dense {ms['dense']:.0f} ms, fake-quantized {ms['fake-quantized']:.0f} ms, {ratio:.2f} times")
-    return {
-        "model": source, "batch": batch, "sequence": sequence, "repeats": repeats, "ms": ms, "ratio": ratio,
-        "targets": {"a fake-quantized step at most 1.6 times the dense one": ratio <= 1.6},
-    }  # fmt: skip
-
-
 def in_turn(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median milliseconds of each, called in turn after a first call that does not count; the order rotates."""
     import torch
@@ -292,6 +256,10 @@ def engine_table(record: Mapping[str, Any]) -> str:
         lines.append(
             f"| {what} | {step['ms']['dense']:.0f} | {step['ms']['fake-quantized']:.0f} | {step['ratio']:.2f} |"
         )
+    if "loading" in parts:
+        from .bench_loading import loading_lines
+
+        lines += ["", *loading_lines(parts["loading"])]
     targets = {text: met for part in parts.values() for text, met in part["targets"].items()}
     lines += ["", *(f"- {'met' if met else 'MISSED'}: {text}" for text, met in targets.items())]
     return "\n".join(lines)

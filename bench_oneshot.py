@@ -13,6 +13,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -34,7 +35,7 @@ class Job:
         threads: of PyTorch. rows, length: calibration windows, tokens of each.
         calibration: which windows of the split: the ``first``, or as many ``even`` ones spread over all of it.
         test_tokens, window: of the perplexity; 0 tokens: none.
-        recompute: see `prune_oneshot_`.
+        recompute: see `prune_oneshot_`. offload: weights wait in the system's folder of temporary files, see there.
     """
 
     method: str
@@ -47,6 +48,7 @@ class Job:
     test_tokens: int = 16_384
     window: int = 1_024
     recompute: bool = False
+    offload: bool = False
 
 
 def run_job(job: Job) -> dict[str, Any]:
@@ -74,15 +76,17 @@ def _measure(job: Job) -> dict[str, Any]:
     from .compress.oneshot import prune_oneshot_
     from .compress.plan import make_plan
     from .compress.recipe import Recipe
-    from .models.dense import load_dense
+    from .models.dense import find_folder, load_dense, load_processor
 
     torch.set_num_threads(job.threads)
     memory: dict[str, float | None] = {"imported": _memory("VmRSS")}
-    dense = load_dense(job.model, kind="causal-lm")
-    model: Any = dense.model
-    windows = calibration_windows(_ids(dense.processor, job, "valid"), job)
-    test = _ids(dense.processor, job, "test")[: job.test_tokens] if job.test_tokens else []
-    del dense  # the tokenizer
+    # text before weights: a whole split in tokens takes memory of its own for a moment
+    processor = load_processor(find_folder(job.model)[0])
+    windows = calibration_windows(_ids(processor, job, "valid"), job)
+    test = _ids(processor, job, "test")[: job.test_tokens] if job.test_tokens else []
+    del processor
+    give_back_memory()
+    model: Any = load_dense(job.model, kind="causal-lm").model
     if job.method != "dense":
         attach_(model, make_plan(model, Recipe.load(f"{job.method}-2-4")))
     gc.collect()
@@ -95,7 +99,8 @@ def _measure(job: Job) -> dict[str, Any]:
         ways[job.method]()
     else:
         batch = {"input_ids": torch.tensor(windows)}
-        prune_oneshot_(model, job.method, [batch], recompute=job.recompute)  # type: ignore[arg-type]
+        folder = tempfile.gettempdir() if job.offload else None
+        prune_oneshot_(model, job.method, [batch], recompute=job.recompute, offload=folder)  # type: ignore[arg-type]
     seconds = time.perf_counter() - started
     memory["peak_pruning"] = _memory("VmHWM")
     peaks = [value for value in (memory["peak_loading"], memory["peak_pruning"]) if value is not None]

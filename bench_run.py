@@ -60,7 +60,7 @@ def parse_arguments(what: str, text: str | None, arguments: Sequence[str] | None
     parser = argparse.ArgumentParser(prog=f"python -m squeezoo.{what}", description=text)
     parser.add_argument("--models", help=f"comma-separated; default all: {','.join(MODELS)}")
     parser.add_argument("--batches", help="comma-separated; default 1,8,32, with --quick 1,8")
-    parser.add_argument("--lengths", help="comma-separated tokens (BERT: 128 and 384); default every size of a model")
+    parser.add_argument("--lengths", help="comma-separated tokens, instead of a text model's own (BERT: 128, 384)")
     parser.add_argument("--quick", action="store_true", help="5 s a cell instead of 20")
     parser.add_argument("--again", action="store_true", help="measure cells anew that are in the file")
     parser.add_argument("--no-peers", action="store_true", help="without the int8 peers in their own environment")
@@ -70,7 +70,7 @@ def parse_arguments(what: str, text: str | None, arguments: Sequence[str] | None
     parsed = parser.parse_args(arguments)
     batches = parsed.batches or ("1,8" if parsed.quick else "1,8,32")
     parsed.batch_sizes = [int(batch) for batch in batches.split(",")]
-    parsed.tokens = None if parsed.lengths is None else {int(length) for length in parsed.lengths.split(",")}
+    parsed.tokens = None if parsed.lengths is None else [int(length) for length in parsed.lengths.split(",")]
     parsed.seconds = 5.0 if parsed.quick else 20.0
     return parsed
 
@@ -86,8 +86,7 @@ def run(job: Job, settings: argparse.Namespace) -> list[Cell]:
     mark = stamp(found)
     keys: list[str] = []
     for model in chosen(settings.models):
-        sizes = [size for size in model.sizes if _wanted(model, size, settings.tokens)]
-        points = [(batch, size) for size in sizes for batch in settings.batch_sizes]
+        points = [(batch, size) for size in sizes_of(model, settings.tokens) for batch in settings.batch_sizes]
         keys += [_key(model, batch, size) for batch, size in points]
         missing = [p for p in points if settings.again or not grid.has(_key(model, *p), mark)]
         if missing:
@@ -139,8 +138,11 @@ def _measure_model(
             say(f"  {cell.key}: " + ", ".join(f"{n} {m.timing.median_ms:.1f} ms" for n, m in engines.items()))
 
 
-def _wanted(model: BenchModel, size: tuple[int, int], tokens: set[int] | None) -> bool:
-    return tokens is None or model.unit != "tokens" or size[0] in tokens
+def sizes_of(model: BenchModel, tokens: Sequence[int] | None) -> tuple[tuple[int, int], ...]:
+    """Those of the model; ``tokens`` replaces what a text model reads, and leaves what it writes, images and sounds."""
+    if tokens is None or model.unit != "tokens":
+        return model.sizes
+    return tuple(dict.fromkeys((count, written) for count in tokens for _, written in model.sizes))
 
 
 def _key(model: BenchModel, batch: int, size: tuple[int, int]) -> str:

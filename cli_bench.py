@@ -77,13 +77,13 @@ def bench(
 
 @command
 def bench_engine(
-    part: Annotated[list[str], typer.Option(help="mask, gemm, oneshot or step; repeat; default: all")] = [],  # noqa: B006
+    part: Annotated[list[str], typer.Option(help="mask, gemm, oneshot, step, loading; repeat; default: all")] = [],  # noqa: B006
     json_file: Annotated[Path | None, typer.Option("--json-file", help="write the record there, part by part")] = None,
     data_dir: DataDir = None,
     threads: Annotated[int, typer.Option(help="CPU threads", min=1)] = 2,
     json_: JsonFlag = False,
 ) -> None:
-    """Time the engine itself: N:M masks, sparse int8 kernels, one-shot pruning of a language model, a training step.
+    """Time the engine itself: masks, sparse int8 kernels, one-shot pruning, a training step, loading.
 
     Example: squeezoo bench-engine --part mask
     """

@@ -14,7 +14,7 @@ from squeezoo import bench_run
 from squeezoo.bench_cpu import EAGER, OURS, CpuBench, dynamic
 from squeezoo.bench_gpu import main as bench_gpu
 from squeezoo.bench_models import MODELS, BenchModel, chosen, make_inputs, samples_of, squeeze
-from squeezoo.bench_run import Job, parse_arguments, run, work_of
+from squeezoo.bench_run import Job, parse_arguments, run, sizes_of, work_of
 from squeezoo.compress.runtime import int8_supported
 from squeezoo.eval.grid import Grid
 from squeezoo.models.dense import logits
@@ -131,6 +131,15 @@ def test_a_second_run_measures_only_what_is_missing(
     assert Fake.made == 5
     (path,) = tmp_path.iterdir()
     assert {cell.stamp == "another version" for key, cell in Grid(path, {}).cells.items() if "vit" in key} == {True}
+
+
+def test_lengths_replace_what_text_models_read() -> None:
+    """Not what they write, nor the size of images."""
+    labels = {name: [MODELS[name].label(size) for size in sizes_of(MODELS[name], [16, 64])] for name in MODELS}
+    assert labels["bert-base"] == labels["opt-125m"] == ["16", "64"]
+    assert labels["bart-base"] == ["16->60", "64->60"]
+    assert labels["vit-b16"] == ["224x224"]
+    assert sizes_of(MODELS["bert-base"], None) == MODELS["bert-base"].sizes
 
 
 def test_cells_that_would_take_too_long_are_skipped_with_the_reason(tiny_models: Job, tmp_path: Path) -> None:

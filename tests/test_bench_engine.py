@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
-from squeezoo import bench_gemm
+from squeezoo import bench_gemm, bench_loading
 from squeezoo.bench_engine import _patterns as patterns
 from squeezoo.bench_engine import engine_table, enumeration_mask, mask_part, run_bench_engine, topk_mask
+from squeezoo.bench_models import BenchModel
 from squeezoo.bench_oneshot import Job, calibration_windows, run_job
 from squeezoo.compress.masks import Pattern, magnitude_mask
 from squeezoo.compress.runtime import native
@@ -152,3 +153,18 @@ def test_sparse_int8_matrices_are_timed_beside_dense_ones(monkeypatch):
     monkeypatch.setattr(native, "available", lambda: (False, "no compiler"))
     with pytest.raises(ValueError, match="part gemm times the native kernels: no compiler"):
         bench_gemm.gemm_part(2)
+
+
+def test_loading_times_both_forms_in_fresh_processes(monkeypatch):
+    """A tiny BERT: the packed folder is the smaller one, and each side has a first and later loads."""
+    tiny = BenchModel(
+        "tiny", "transformers/bert", "classification", ((8, 0),),
+        {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128},
+    )  # fmt: skip
+    monkeypatch.setitem(bench_loading.MODELS, "tiny", tiny)
+    part = bench_loading.loading_part("tiny", 1, repeats=3)
+    dense, packed = (part["rows"][side] for side in bench_loading.SIDES)
+    assert 0 < packed["bytes"] < dense["bytes"]
+    assert packed["repeats"] == dense["repeats"] == 3
+    assert list(part["targets"].values()) == [packed["warm"]["median_ms"] <= dense["warm"]["median_ms"]]
+    assert bench_loading.loading_lines(part)[3].startswith("| packed 2:4 int8 | ")

@@ -212,3 +212,29 @@ def test_all_blocks_of_a_trained_model_run_fused_and_float32_attention_can_be_as
     assert float((found - expected).norm()) <= 0.2 * float(expected.norm())
     with pytest.raises(RuntimeError, match="unknown attention 'fast'; allowed: auto, float32"):
         squeezoo.load("digits-vit.digits.gpusq-gemm-int8", attention="fast")
+
+
+@pytest.mark.parametrize(("times", "beyond"), [(1.0, False), (20.0, True)])
+def test_a_fused_block_hands_over_bfloat16_numbers(times: float, beyond: bool) -> None:
+    """A block of the published digits model with its scores so many times larger: Q, K and V leave their GEMM as
+    bfloat16, also where the products then are float32's because |q| |k| passes the reach of 100 binary logarithms.
+    Expected: the block in float32, but for the rounding of scores (2^-8 of them) and P."""
+    block = squeezoo.load("digits-vit.digits.gpusq-gemm-int8", backend="int8").blocks[0]
+    forward = block.forward
+    assert isinstance(forward, FusedForward)
+    forward.scale, forward._record = forward.scale * times, None
+    length, width = 17, forward.gemms[0].in_features
+    x = torch.randn(3, length, width, generator=generator(5))
+    norm = forward.norms[0]
+    normed = torch.nn.functional.layer_norm(x, (width,), norm.weight, norm.bias, norm.eps)
+    q, k = forward.gemms[0](normed).view(3, length, 3, forward.heads, forward.head_width).unbind(2)[:2]
+    reached = float(q.norm(dim=-1).amax() * k.norm(dim=-1).amax()) * forward.scale * math.log2(math.e)
+    assert (reached > 100) is beyond
+    mask = torch.zeros(3, 1, 1, length).index_fill_(-1, torch.tensor([2, 9]), -math.inf)
+    for given in (None, mask):
+        forward.bfloat16 = False
+        expected = forward.fused(x, given)
+        forward.bfloat16 = True
+        found = forward.fused(x, given)
+        off = float((found - expected).norm() / (expected - x).norm())
+        assert 0 < off < (0.03 if times == 1 else 0.15)

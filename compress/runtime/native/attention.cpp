@@ -104,7 +104,6 @@ void lay_out_rows(const float* v, int64_t stride, int64_t keys, int64_t width, i
 
 void queries_float32(const AttentionCall& call, int64_t batch, int64_t head, int64_t begin, int64_t end) {
     const AttentionShape& s = call.shape;
-    const int64_t group = head / s.heads_per_group;
     int64_t keys = s.keys;
     if (s.causal && end + s.keys - s.queries < keys) keys = end + s.keys - s.queries;
     const int64_t padded = up(keys, 32), width = s.width, wide = up(width, 32);
@@ -114,9 +113,9 @@ void queries_float32(const AttentionCall& call, int64_t batch, int64_t head, int
     float* rows = columns + up(padded * width, LANES);
     float* scores = rows + keys * wide;
     float* results = scores + BLOCK * padded;
-    lay_out_columns(call.k + batch * s.k_stride[0] + group * s.k_stride[1], s.k_stride[2], keys, padded, width, columns);
-    lay_out_rows(call.v + batch * s.v_stride[0] + group * s.v_stride[1], s.v_stride[2], keys, width, wide, rows);
-    const float* q = call.q + batch * s.q_stride[0] + head * s.q_stride[1];
+    lay_out_columns(call.k_of<float>(batch, head), s.k_stride[2], keys, padded, width, columns);
+    lay_out_rows(call.v_of<float>(batch, head), s.v_stride[2], keys, width, wide, rows);
+    const float* q = call.q_of<float>(batch, head);
     const Quantizer quantize(call.levels ? *call.levels : Levels{1.0f, 0, 0, 255});
     for (int64_t query = begin; query < end; query += BLOCK) {
         const int64_t count = end - query < BLOCK ? end - query : BLOCK;
@@ -132,10 +131,11 @@ void queries_float32(const AttentionCall& call, int64_t batch, int64_t head, int
     }
 }
 
-void attention(const float* q, const float* k, const float* v, const AttentionShape& shape, const Mask& mask,
-               const MapLevels* map, const Levels* levels, void* out, int threads) {
-    const AttentionCall call{q, k, v, shape, mask, map, levels, out};
-    const auto run = map ? queries_int8 : shape.bfloat16 && has_bfloat16() ? queries_bfloat16 : queries_float32;
+namespace {
+
+void all_queries(const AttentionCall& call, void (*run)(const AttentionCall&, int64_t, int64_t, int64_t, int64_t),
+                 int threads) {
+    const AttentionShape& shape = call.shape;
     const int64_t maps = shape.batch * shape.heads;
     int64_t pieces = 1;  // of the queries of a head; each lays K and V out anew
     while (maps * pieces < 3 * threads && shape.queries / (2 * pieces) >= 2 * BLOCK) pieces *= 2;
@@ -146,6 +146,20 @@ void attention(const float* q, const float* k, const float* v, const AttentionSh
         const int64_t end = begin + piece < shape.queries ? begin + piece : shape.queries;
         run(call, map / shape.heads, map % shape.heads, begin, end);
     });
+}
+
+}  // namespace
+
+void attention(const float* q, const float* k, const float* v, const AttentionShape& shape, const Mask& mask,
+               const MapLevels* map, const Levels* levels, void* out, int threads) {
+    const bool bfloat16 = shape.bfloat16 && has_bfloat16();
+    all_queries({q, k, v, shape, mask, map, levels, out, false},
+                map ? queries_int8 : bfloat16 ? queries_bfloat16 : queries_float32, threads);
+}
+
+void attention_bfloat16(const uint16_t* q, const uint16_t* k, const uint16_t* v, const AttentionShape& shape,
+                        const Mask& mask, const Levels* levels, void* out, int threads) {
+    all_queries({q, k, v, shape, mask, nullptr, levels, out, true}, queries_bfloat16, threads);
 }
 
 }  // namespace sq

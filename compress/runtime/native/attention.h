@@ -31,13 +31,35 @@ struct MapLevels {
 void attention(const float* q, const float* k, const float* v, const AttentionShape& shape, const Mask& mask,
                const MapLevels* map, const Levels* levels, void* out, int threads);
 
+// The same with Q, K and V that are bfloat16 numbers already, Q times `query_factor`: for shapes that
+// `reads_bfloat16`.
+void attention_bfloat16(const uint16_t* q, const uint16_t* k, const uint16_t* v, const AttentionShape& shape,
+                        const Mask& mask, const Levels* levels, void* out, int threads);
+bool reads_bfloat16(const AttentionShape& shape);
+float query_factor(const AttentionShape& shape);
+
 struct AttentionCall {
-    const float *q, *k, *v;
+    const void *q, *k, *v;  // floats, or bfloat16 numbers as of `attention_bfloat16`
     const AttentionShape& shape;
     const Mask& mask;
     const MapLevels* map;  // or null
     const Levels* levels;  // or null
     void* out;
+    bool rounded;  // Q, K and V are bfloat16 numbers
+
+    // Row 0 of the head of a row of the batch, in numbers of type T.
+    template <typename T>
+    const T* q_of(int64_t batch, int64_t head) const {
+        return static_cast<const T*>(q) + batch * shape.q_stride[0] + head * shape.q_stride[1];
+    }
+    template <typename T>
+    const T* k_of(int64_t batch, int64_t head) const {
+        return static_cast<const T*>(k) + batch * shape.k_stride[0] + head / shape.heads_per_group * shape.k_stride[1];
+    }
+    template <typename T>
+    const T* v_of(int64_t batch, int64_t head) const {
+        return static_cast<const T*>(v) + batch * shape.v_stride[0] + head / shape.heads_per_group * shape.v_stride[1];
+    }
 };
 
 constexpr int ATTENTION_BLOCK = 24;  // pieces of the work begin at multiples of so many queries

@@ -167,12 +167,40 @@ float top_of_(RowMask& row) {
     return found;
 }
 
-}  // namespace
+// Numbers as floats, times `by`; rows dense.
+void widen(const uint16_t* from, int64_t stride, int64_t rows, int64_t width, float by, float* to) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t at = 0; at < width; at += LANES) {
+            const __mmask16 mask = first(width - at);
+            const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from + row * stride + at));
+            const __m512 value = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+            _mm512_mask_storeu_ps(to + row * width + at, mask, _mm512_mul_ps(value, _mm512_set1_ps(by)));
+        }
+}
 
-void queries_bfloat16(const AttentionCall& call, int64_t batch, int64_t head, int64_t begin, int64_t end) {
+// Queries beyond the reach. Rounded Q, K and V are made floats again.
+void exact_queries(const AttentionCall& call, int64_t batch, int64_t head, int64_t begin, int64_t end) {
+    if (!call.rounded) return queries_float32(call, batch, head, begin, end);
+    const AttentionShape& s = call.shape;
+    static thread_local Scratch scratch;
+    const int64_t width = s.width, count = end - begin;
+    float* q = static_cast<float*>(scratch.of((count + 2 * s.keys) * width * 4));
+    float *k = q + count * width, *v = k + s.keys * width;
+    widen(call.q_of<uint16_t>(batch, head) + begin * s.q_stride[2], s.q_stride[2], count, width, 1 / query_factor(s), q);
+    widen(call.k_of<uint16_t>(batch, head), s.k_stride[2], s.keys, width, 1, k);
+    widen(call.v_of<uint16_t>(batch, head), s.v_stride[2], s.keys, width, 1, v);
+    AttentionShape shape = s;
+    for (int axis = 0; axis < 3; ++axis)
+        shape.q_stride[axis] = shape.k_stride[axis] = shape.v_stride[axis] = axis == 2 ? width : 0;
+    const AttentionCall alone{q - begin * width, k, v, shape, call.mask, nullptr, call.levels, call.out, false};
+    queries_float32(alone, batch, head, begin, end);
+}
+
+template <typename T>
+void some_queries(const AttentionCall& call, int64_t batch, int64_t head, int64_t begin, int64_t end) {
     static const Correction correction;
     const AttentionShape& s = call.shape;
-    const int64_t group = head / s.heads_per_group, padded = up(s.keys, 32), width = s.width, wide = up(width, LANES);
+    const int64_t padded = up(s.keys, 32), width = s.width, wide = up(width, LANES);
     const int64_t pairs = (width + 1) / 2, of_keys = padded * pairs, of_values = padded / 2 * wide;
     static thread_local Scratch scratch;
     uint32_t* columns = static_cast<uint32_t*>(
@@ -182,19 +210,16 @@ void queries_bfloat16(const AttentionCall& call, int64_t batch, int64_t head, in
     float* results = reinterpret_cast<float*>(p + BLOCK * padded);
     float* totals = results + BLOCK * wide;
     uint32_t* q = reinterpret_cast<uint32_t*>(totals + BLOCK * LANES);
-    const float square = lay_out_keys(call.k + batch * s.k_stride[0] + group * s.k_stride[1], s.k_stride[2], s.keys,
-                                      padded, width, columns);
-    lay_out_values(call.v + batch * s.v_stride[0] + group * s.v_stride[1], s.v_stride[2], s.keys, padded, width, wide,
-                   rows);
+    const float square = lay_out_keys(call.k_of<T>(batch, head), s.k_stride[2], s.keys, padded, width, columns);
+    lay_out_values(call.v_of<T>(batch, head), s.v_stride[2], s.keys, padded, width, wide, rows);
     const Quantizer quantize(call.levels ? *call.levels : Levels{1.0f, 0, 0, 255});
     int64_t exact = begin;  // from here to `query`: beyond the reach
     for (int64_t query = begin; query < end; query += BLOCK) {
         const int64_t count = end - query < BLOCK ? end - query : BLOCK, some = up(count, 2);
-        const float* from = call.q + batch * s.q_stride[0] + head * s.q_stride[1] + query * s.q_stride[2];
-        const float by = s.scale * LOG2E * STEPS;
-        const float bound = square * lay_out_queries(from, s.q_stride[2], count, some, width, by, q);
+        const T* from = call.q_of<T>(batch, head) + query * s.q_stride[2];
+        const float bound = square * lay_out_queries(from, s.q_stride[2], count, some, width, query_factor(s), q);
         if (!(bound <= REACH * REACH * STEPS * STEPS)) continue;
-        if (exact < query) queries_float32(call, batch, head, exact, query);
+        if (exact < query) exact_queries(call, batch, head, exact, query);
         exact = query + count;
         RowMask mask[BLOCK];
         float top[BLOCK];
@@ -225,8 +250,18 @@ void queries_bfloat16(const AttentionCall& call, int64_t batch, int64_t head, in
             write_row(call, quantize, results + i * wide, total > 0 ? 1.0f / total : 0.0f, batch, head, query + i);
         }
     }
-    if (exact < end) queries_float32(call, batch, head, exact, end);
+    if (exact < end) exact_queries(call, batch, head, exact, end);
 }
+
+}  // namespace
+
+void queries_bfloat16(const AttentionCall& call, int64_t batch, int64_t head, int64_t begin, int64_t end) {
+    (call.rounded ? some_queries<uint16_t> : some_queries<float>)(call, batch, head, begin, end);
+}
+
+bool reads_bfloat16(const AttentionShape& shape) { return shape.bfloat16 && has_bfloat16() && shape.width % 2 == 0; }
+
+float query_factor(const AttentionShape& shape) { return shape.scale * LOG2E * STEPS; }
 
 #else
 
@@ -235,6 +270,10 @@ bool has_bfloat16() { return false; }
 void queries_bfloat16(const AttentionCall& call, int64_t batch, int64_t head, int64_t begin, int64_t end) {
     queries_float32(call, batch, head, begin, end);
 }
+
+bool reads_bfloat16(const AttentionShape&) { return false; }
+
+float query_factor(const AttentionShape&) { return 1.0f; }
 
 #endif
 

@@ -160,7 +160,7 @@ SQ_INLINE int32_t quantize_map(const float* p, int64_t padded, float by, float h
 void queries_int8(const AttentionCall& call, int64_t batch, int64_t head, int64_t begin, int64_t end) {
     const AttentionShape& s = call.shape;
     const MapLevels& map = *call.map;
-    const int64_t group = head / s.heads_per_group, keys = s.keys, padded = up(keys, LANES), width = s.width;
+    const int64_t keys = s.keys, padded = up(keys, LANES), width = s.width;
     const int64_t wide = up(width, LANES), fours = (width + 3) / 4, across = up(fours, LANES);
     static thread_local Scratch scratch;
     uint32_t* columns = static_cast<uint32_t*>(scratch.of(
@@ -171,16 +171,14 @@ void queries_int8(const AttentionCall& call, int64_t batch, int64_t head, int64_
     float* scores = reinterpret_cast<float*>(q + BLOCK * across);
     float* results = scores + BLOCK * padded;
     uint8_t* p = reinterpret_cast<uint8_t*>(results + BLOCK * wide);
-    lay_out_keys(call.k + batch * s.k_stride[0] + group * s.k_stride[1], s.k_stride[2], keys, padded, width, map,
-                 columns, of_key);
-    lay_out_values(call.v + batch * s.v_stride[0] + group * s.v_stride[1], s.v_stride[2], keys, padded, width, wide,
-                   map.v, rows);
+    lay_out_keys(call.k_of<float>(batch, head), s.k_stride[2], keys, padded, width, map, columns, of_key);
+    lay_out_values(call.v_of<float>(batch, head), s.v_stride[2], keys, padded, width, wide, map.v, rows);
     const Quantizer of_q(map.q), quantize(call.levels ? *call.levels : Levels{1.0f, 0, 0, 255});
     const int32_t zero_k = map.k.zero_point - SIGN, zero_v = map.v.zero_point - SIGN;
     const float highest = static_cast<float>(map.p.high - map.p.zero_point);
     for (int64_t query = begin; query < end; query += BLOCK) {
         const int64_t count = end - query < BLOCK ? end - query : BLOCK;
-        const float* from = call.q + batch * s.q_stride[0] + head * s.q_stride[1] + query * s.q_stride[2];
+        const float* from = call.q_of<float>(batch, head) + query * s.q_stride[2];
         int32_t of_query[BLOCK] = {}, of_row[BLOCK] = {};
         for (int64_t i = 0; i < count; ++i) {
             __m512i sum = _mm512_setzero_si512();

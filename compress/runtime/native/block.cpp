@@ -28,8 +28,8 @@ constexpr int64_t TOGETHER = 512;
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 void run(const Gemm& gemm, const Levels& levels, const uint8_t* level, int64_t rows, const float* residual,
-         const Levels* emitted, void* out, int threads) {
-    multiply(gemm, level, rows, gemm.inputs, levels.scale, levels.zero_point, residual, emitted, out, threads);
+         const Emit& emit, void* out, int threads) {
+    multiply(gemm, level, rows, gemm.inputs, levels.scale, levels.zero_point, residual, emit, out, threads);
 }
 
 // Whether the block's input, and what its norms read, is finite.
@@ -48,7 +48,6 @@ bool some(const Block& block, const float* x, int64_t batch, int64_t length, con
     bool finite = block.norm_first
                       ? normalize_rows(x, rows, block.attention_norm, nullptr, &block.of_qkv, level, threads)
                       : quantize_rows(x, rows, block.qkv.inputs, block.of_qkv, level, threads);
-    run(block.qkv, block.of_qkv, level, rows, nullptr, nullptr, qkv, threads);
 
     const int64_t stride[3] = {length * across, block.head_width, across};
     AttentionShape shape{batch, block.heads, length, length, block.head_width, {}, {}, {}, 1, block.scale, 0,
@@ -56,13 +55,21 @@ bool some(const Block& block, const float* x, int64_t batch, int64_t length, con
     for (int axis = 0; axis < 3; ++axis)
         shape.q_stride[axis] = shape.k_stride[axis] = shape.v_stride[axis] = stride[axis];
     const MapLevels* map = block.has_map ? &block.map : nullptr;
-    attention(qkv, qkv + width, qkv + 2 * width, shape, mask, map, &block.of_out, level, threads);
+    if (!map && reads_bfloat16(shape)) {
+        const Emit emit{Emit::BFLOAT16, {}, query_factor(shape), width};
+        run(block.qkv, block.of_qkv, level, rows, nullptr, emit, qkv, threads);
+        const uint16_t* half = reinterpret_cast<const uint16_t*>(qkv);
+        attention_bfloat16(half, half + width, half + 2 * width, shape, mask, &block.of_out, level, threads);
+    } else {
+        run(block.qkv, block.of_qkv, level, rows, nullptr, {}, qkv, threads);
+        attention(qkv, qkv + width, qkv + 2 * width, shape, mask, map, &block.of_out, level, threads);
+    }
 
-    run(block.out, block.of_out, level, rows, x, nullptr, stream, threads);
+    run(block.out, block.of_out, level, rows, x, {}, stream, threads);
     finite &= normalize_rows(stream, rows, block.norm_first ? block.ffn_norm : block.attention_norm,
                              block.norm_first ? nullptr : stream, &block.of_up, level, threads);
-    run(block.up, block.of_up, level, rows, nullptr, &block.of_down, hidden, threads);
-    run(block.down, block.of_down, hidden, rows, stream, nullptr, y, threads);
+    run(block.up, block.of_up, level, rows, nullptr, {Emit::LEVELS, block.of_down}, hidden, threads);
+    run(block.down, block.of_down, hidden, rows, stream, {}, y, threads);
     if (!block.norm_first) finite &= normalize_rows(y, rows, block.ffn_norm, y, nullptr, nullptr, threads);
     return finite;
 }

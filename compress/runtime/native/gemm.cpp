@@ -19,16 +19,23 @@ struct Call {
     float scale;
     int32_t zero_point;
     const float* residual_TO;  // or null
-    const Levels* emitted;     // or null
-    void* out_TO;              // float, or uint8 levels
+    const Emit& emit;
+    void* out_TO;  // float, uint8 levels or bfloat16
     const Bump* bump;
 };
 
+// To the nearest, half to even; NaN does not come here. In integers: not every CPU with VNNI converts.
+SQ_INLINE __m256i bfloat16(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+}
+
 // Rows row..end of the 64 outputs from `output` on.
-template <int ACTIVATION, bool EMIT>
+template <int ACTIVATION, Emit::As AS>
 void piece(const Call& call, int64_t row, int64_t end, int64_t output) {
-    const Activate<ACTIVATION> activate(call.bump);
-    const Quantizer quantize(EMIT ? *call.emitted : Levels{1.0f, 0, 0, 255});
+    const Activate<ACTIVATION, AS == Emit::LEVELS ? COARSE : FINE> activate(call.bump);
+    const Quantizer quantize(call.emit.levels);
     const Gemm& gemm = call.gemm;
     const Form form = form_of(gemm.inputs, gemm.span);
     const int8_t* weight = gemm.panels + output / PANEL * form.steps * form.bytes;
@@ -41,10 +48,15 @@ void piece(const Call& call, int64_t row, int64_t end, int64_t output) {
         mask[n] = first(gemm.outputs - at);
         const __m512i sum = _mm512_maskz_loadu_epi32(mask[n], gemm.sum_O + at);
         _mm512_store_si512(shift + n * LANES, _mm512_mullo_epi32(_mm512_set1_epi32(call.zero_point), sum));
-        const __m512 scale = _mm512_maskz_loadu_ps(mask[n], gemm.scale_O + at);
-        _mm512_store_ps(step + n * LANES, _mm512_mul_ps(_mm512_set1_ps(call.scale), scale));
-        _mm512_store_ps(bias + n * LANES,
-                        gemm.bias_O ? _mm512_maskz_loadu_ps(mask[n], gemm.bias_O + at) : _mm512_setzero_ps());
+        __m512 by = _mm512_mul_ps(_mm512_set1_ps(call.scale), _mm512_maskz_loadu_ps(mask[n], gemm.scale_O + at));
+        __m512 plus = gemm.bias_O ? _mm512_maskz_loadu_ps(mask[n], gemm.bias_O + at) : _mm512_setzero_ps();
+        if constexpr (AS == Emit::BFLOAT16) {
+            const __mmask16 scaled = first(call.emit.scaled - at);
+            by = _mm512_mask_mul_ps(by, scaled, by, _mm512_set1_ps(call.emit.by));
+            plus = _mm512_mask_mul_ps(plus, scaled, plus, _mm512_set1_ps(call.emit.by));
+        }
+        _mm512_store_ps(step + n * LANES, by);
+        _mm512_store_ps(bias + n * LANES, plus);
     }
     for (int rows; row < end; row += rows) {
         rows = static_cast<int>(end - row < form.rows ? end - row : form.rows);
@@ -58,8 +70,10 @@ void piece(const Call& call, int64_t row, int64_t end, int64_t output) {
                 __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), by, plus);
                 if (call.residual_TO) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask[n], call.residual_TO + to));
                 y = activate(y);
-                if constexpr (EMIT)
+                if constexpr (AS == Emit::LEVELS)
                     _mm_mask_storeu_epi8(static_cast<uint8_t*>(call.out_TO) + to, mask[n], quantize(y));
+                else if constexpr (AS == Emit::BFLOAT16)
+                    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(call.out_TO) + to, mask[n], bfloat16(y));
                 else
                     _mm512_mask_storeu_ps(static_cast<float*>(call.out_TO) + to, mask[n], y);
             }
@@ -69,13 +83,19 @@ void piece(const Call& call, int64_t row, int64_t end, int64_t output) {
 
 using Piece = void (*)(const Call&, int64_t, int64_t, int64_t);
 
-Piece piece_of(int activation, bool emit) {
+template <Emit::As AS>
+Piece piece_of(int activation) {
     switch (activation) {
-        case RELU: return emit ? piece<RELU, true> : piece<RELU, false>;
+        case RELU: return piece<RELU, AS>;
         case GELU:
-        case GELU_TANH: return emit ? piece<GELU, true> : piece<GELU, false>;  // they differ by their table
-        default: return emit ? piece<NONE, true> : piece<NONE, false>;
+        case GELU_TANH: return piece<GELU, AS>;  // they differ by their table
+        default: return piece<NONE, AS>;
     }
+}
+
+Piece piece_of(int activation, Emit::As as) {
+    if (as == Emit::BFLOAT16) return piece<NONE, Emit::BFLOAT16>;
+    return as == Emit::LEVELS ? piece_of<Emit::LEVELS>(activation) : piece_of<Emit::FLOATS>(activation);
 }
 
 const Bump* bump_of(int activation) {
@@ -86,10 +106,9 @@ const Bump* bump_of(int activation) {
 }  // namespace
 
 void multiply(const Gemm& gemm, const uint8_t* level_TI, int64_t rows, int64_t stride, float scale, int32_t zero_point,
-              const float* residual_TO, const Levels* emitted, void* out_TO, int threads) {
-    const Call call{gemm,    level_TI, stride, scale, zero_point, residual_TO,
-                    emitted, out_TO,   bump_of(gemm.activation)};
-    const Piece run = piece_of(gemm.activation, emitted != nullptr);
+              const float* residual_TO, const Emit& emit, void* out_TO, int threads) {
+    const Call call{gemm, level_TI, stride, scale, zero_point, residual_TO, emit, out_TO, bump_of(gemm.activation)};
+    const Piece run = piece_of(gemm.activation, emit.as);
     const int64_t panels = (gemm.outputs + PANEL - 1) / PANEL;
     constexpr int WHOLE = ROWS * SPARSE_ROWS;  // whole tiles of both forms
     int64_t chunk = CHUNK / (stride > 0 ? stride : 1) / WHOLE * WHOLE;
@@ -106,5 +125,6 @@ void multiply(const Gemm& gemm, const uint8_t* level_TI, int64_t rows, int64_t s
 SQ_EXPORT void sq_gemm(const sq::Gemm* gemm, const uint8_t* level_TI, int64_t rows, int64_t stride, float scale,
                        int32_t zero_point, const float* residual_TO, const sq::Levels* emitted, void* out_TO,
                        int threads) {
-    sq::multiply(*gemm, level_TI, rows, stride, scale, zero_point, residual_TO, emitted, out_TO, threads);
+    const sq::Emit emit = emitted ? sq::Emit{sq::Emit::LEVELS, *emitted} : sq::Emit{};
+    sq::multiply(*gemm, level_TI, rows, stride, scale, zero_point, residual_TO, emit, out_TO, threads);
 }

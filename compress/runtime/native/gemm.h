@@ -17,10 +17,18 @@ struct Gemm {
     int32_t activation, span;
 };
 
-// activation(scale * scale_O * ((level_TI - zero_point) @ q_OI^T) + bias_O + residual_TO) as floats, or as the levels
-// `emitted`. `stride`: bytes from row to row of the levels, at least `inputs` rounded up to 4. residual_TO may be null,
-// and may be out_TO.
+// What becomes of the results: floats, the levels `levels`, or bfloat16 numbers, the first `scaled` outputs times `by`.
+struct Emit {
+    enum As { FLOATS, LEVELS, BFLOAT16 } as = FLOATS;
+    Levels levels{1.0f, 0, 0, 255};
+    float by = 1.0f;
+    int64_t scaled = 0;
+};
+
+// activation(scale * scale_O * ((level_TI - zero_point) @ q_OI^T) + bias_O + residual_TO), emitted as `emit` says.
+// `stride`: bytes from row to row of the levels, at least `inputs` rounded up to 4. residual_TO may be null, and may be
+// out_TO.
 void multiply(const Gemm& gemm, const uint8_t* level_TI, int64_t rows, int64_t stride, float scale, int32_t zero_point,
-              const float* residual_TO, const Levels* emitted, void* out_TO, int threads);
+              const float* residual_TO, const Emit& emit, void* out_TO, int threads);
 
 }  // namespace sq
