@@ -167,6 +167,7 @@ def compress(
     name: Annotated[str | None, typer.Option(help="<model>.<task>.<recipe>; default: the folder's name")] = None,
     pretrained: Annotated[str | None, typer.Option(help="the model before fine-tuning; pkd recipes need it")] = None,
     attention: Annotated[str | None, typer.Option(help="N:M of attention maps, instead of the recipe's")] = None,
+    blocks: Annotated[int | None, typer.Option(help="of a pkd recipe's student, instead of its own")] = None,
     permute: Annotated[bool, typer.Option("--permute", help="reorder channels so that N:M keeps more")] = False,
     data_dir: DataDir = None,
     epochs: Epochs = None,
@@ -191,7 +192,7 @@ def compress(
     from .eval.environment import device_name
     from .pipeline import load_for, recording_energy, training_data
 
-    chosen = _recipe(recipe, epochs, learning_rate, batch_size, seed, precision, attention, permute or None)
+    chosen = _recipe(recipe, epochs, learning_rate, batch_size, seed, precision, attention, permute or None, blocks)
     of_task = None if task is None else get_task(task)
     dense = load_for(model, of_task, seed=seed or 0)
     ancestor = None if pretrained is None else load_for(pretrained, of_task, seed=seed or 0)
@@ -220,7 +221,7 @@ def _show_run(made: Any, json_: bool) -> None:
 def _recipe(name: str, *values: Any) -> Any:
     from .compress.recipe import Recipe
 
-    keys = ("epochs", "learning_rate", "batch_size", "seed", "precision", "attention", "permute_channels")
+    keys = ("epochs", "learning_rate", "batch_size", "seed", "precision", "attention", "permute_channels", "blocks")
     return Recipe.load(name).override(**{k: v for k, v in zip(keys, values) if v is not None})
 
 

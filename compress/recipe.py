@@ -187,8 +187,8 @@ class Recipe(Record):
 
     def override(self, **values: Any) -> Recipe:
         """A copy with the given settings of every finetune stage replaced (``epochs``, ``learning_rate``, ...),
-        ``seed``, ``permute_channels``, or ``attention``, the N:M of the attention maps. The copy keeps the name, since
-        the resolved recipe travels with each checkpoint."""
+        ``seed``, ``permute_channels``, ``attention``, the N:M of the attention maps, or ``blocks``, those of a student
+        cut from its teacher. The copy keeps the name, since the resolved recipe travels with each checkpoint."""
         data = self.model_dump(mode="json")
         fixed = ("stage", "distill", "policy", "dropout", "steps")
         for key, value in values.items():
@@ -202,10 +202,15 @@ class Recipe(Record):
                     )
                 data["attention"]["sparsity"] = value
                 continue
+            if key == "blocks":
+                if self.student is None:
+                    raise RecipeError(f"recipe {self.name} keeps all blocks; pkd-6 cuts a student of fewer")
+                data["student"]["blocks"] = value
+                continue
             if key not in Finetune.model_fields or key in fixed:
                 allowed = sorted(set(Finetune.model_fields) - set(fixed))
                 raise RecipeError(
-                    f"cannot override {key!r}; allowed: seed, permute_channels, attention, {', '.join(allowed)}"
+                    f"cannot override {key!r}; allowed: seed, permute_channels, attention, blocks, {', '.join(allowed)}"
                 )
             for stage in data["stages"]:
                 if stage["stage"] == "finetune" and not (key == "epochs" and stage["policy"]["method"] == "iterative"):

@@ -122,8 +122,18 @@ def test_overrides_reach_every_training_stage_and_are_checked():
     assert recipe.seed == 7
     assert [(s.epochs, s.learning_rate) for s in recipe.stages if isinstance(s, Finetune)] == [(1, 1e-3)] * 2
     with pytest.raises(
-        RecipeError, match="cannot override 'lr'; allowed: seed, permute_channels, attention, batch_size"
+        RecipeError, match="cannot override 'lr'; allowed: seed, permute_channels, attention, blocks, batch_size"
     ):
         recipe.override(lr=1)
     with pytest.raises(RecipeError, match="epochs"):
         recipe.override(epochs=0)
+
+
+def test_a_student_s_blocks_can_be_overridden_where_a_recipe_cuts_one():
+    student = Recipe.load("pkd-6").override(blocks=3).student
+    assert student is not None
+    assert (student.blocks, student.weights) == (3, "pretrained")
+    with pytest.raises(RecipeError, match="recipe asp-2-4 keeps all blocks; pkd-6 cuts a student of fewer"):
+        Recipe.load("asp-2-4").override(blocks=3)
+    with pytest.raises(RecipeError, match=r"student\.blocks: .*found 0"):
+        Recipe.load("pkd-6").override(blocks=0)
