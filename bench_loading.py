@@ -33,7 +33,10 @@ def loading_part(model: str, threads: int, say: Say = lambda _: None, repeats: i
         sample = samples_of(dense, MODELS[model].sizes[0], 1)[0]
         save_dense(dense, None, sources[0])
         compress(
-            dense, Recipe.parse(RECIPE, where="the benchmark's recipe"), TrainData([sample], lambda f: f[0]), sources[1]
+            dense,
+            Recipe.parse(RECIPE, where="the benchmark's recipe"),
+            TrainData([sample], lambda features: dict(features[0])),
+            sources[1],
         )
         del dense
         loaders: tuple[dict[str, Any], ...] = (

@@ -102,11 +102,12 @@ def compare(
 @command
 def export(
     checkpoint: Annotated[str, typer.Argument(help="a checkpoint folder or a zoo name")],
-    to: Annotated[str, typer.Option("--to", help="dense or compressed-tensors")],
+    to: Annotated[str, typer.Option("--to", help="dense, compressed-tensors or onnx")],
     out_dir: Out,
     json_: JsonFlag = False,
 ) -> None:
-    """Write a checkpoint as a folder that transformers (dense) or vLLM (compressed-tensors) loads without Squeezoo.
+    """Write a checkpoint as a folder that loads without Squeezoo: in transformers (dense), vLLM (compressed-tensors) or
+    ONNX Runtime (onnx).
 
     Example: squeezoo export runs/minilm-l6.mrpc.gpusq-gemm-int8 --to compressed-tensors --out exported
     """

@@ -190,6 +190,9 @@ def _notes(gemms: list[PlannedGemm], schemes: Mapping[str, Mapping[str, Any]]) -
     floats = [g for g in gemms if g.input is not None and schemes[g.name]["input_activations"] is None]
     if floats:
         notes.append(f"inputs of {len(floats)} GEMMs are not rounded: no reader has kernels for their widths")
+    inputs = [schemes[g.name]["input_activations"] for g in gemms if g.input is not None]
+    if any(i is not None and i["symmetric"] and not i["dynamic"] for i in inputs):
+        notes.append("inputs are cut off at level -128, not at -127 as in training: single outputs may differ")
     if any(g.input is not None and g.input["method"] == "dynamic" for g in gemms):
         notes.append("dynamic inputs take their range per token, not per call")
     if odd := sorted({bits for g in gemms if (bits := g.weight_bits) not in (4, 8) and bits is not None}):

@@ -75,7 +75,8 @@ def test_int_quantized_holds_the_integers_under_the_names_of_checkpoints(name: s
     input scale [1] beside it; q * scale is the dense weight. For ViT the names are those of its old checkpoints."""
     folder = saved(name, recipe(), tmp_path / "c")
     export(folder, "dense", tmp_path / "d")
-    assert export(folder, "compressed-tensors", tmp_path / "ct").notes == ()
+    (note,) = export(folder, "compressed-tensors", tmp_path / "ct").notes
+    assert note.startswith("inputs are cut off at level -128")
     dense, found = load_file(tmp_path / "d/model.safetensors"), load_file(tmp_path / "ct/model.safetensors")
     if name == "vit":
         assert "vit.encoder.layer.0.attention.attention.query.weight" in found
@@ -186,8 +187,6 @@ def test_unknown_forms_and_other_folders_are_refused(tmp_path: Path) -> None:
     folder = saved("bert", recipe(), tmp_path / "c")
     with pytest.raises(ExportError, match="unknown form 'gguf'; allowed: dense, compressed-tensors, onnx"):
         export(folder, "gguf", tmp_path / "o")  # type: ignore[arg-type]
-    with pytest.raises(ExportError, match="ONNX is not written yet"):
-        export(folder, "onnx", tmp_path / "o")
     with pytest.raises(CheckpointError, match="the folder does not exist"):
         export(tmp_path / "none", "dense", tmp_path / "o")
     (tmp_path / "mine").mkdir()
