@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from .data import IGNORED
+from .lazy_rows import LazyRows
 from .task import Feature
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ MASK_RATE = 0.15
 _TEXTS_AT_A_TIME = 256
 
 
-class Blocks(Sequence[Feature]):
+class Blocks(LazyRows[Feature]):
     """A long row of tokens as features of ``length`` tokens each; the rest that fills no block is left out.
 
     Args:
@@ -45,16 +46,8 @@ class Blocks(Sequence[Feature]):
     def __len__(self) -> int:
         return len(self.tokens) // self.room
 
-    @overload
-    def __getitem__(self, index: int) -> Feature: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Feature]: ...
-    def __getitem__(self, index: int | slice) -> Feature | list[Feature]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"block {index} of {len(self)}")
-        begin = index % len(self) * self.room
+    def make(self, index: int) -> Feature:
+        begin = index * self.room
         ids = self.start + self.tokens[begin : begin + self.room].tolist() + self.end
         feature: dict[str, Any] = {"input_ids": ids, "attention_mask": [1] * len(ids)}
         return {**feature, "labels": list(ids)} if self.labels else feature

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from .joined import stacked
 from .task import IGNORED, Feature
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def collate(
         values = [feature[key] for feature in features]
         fill = pad_token_id if key.endswith("input_ids") else IGNORED if key == "labels" else 0
         if isinstance(values[0], torch.Tensor):
-            batch[key] = _pad_waveforms(values) if values[0].dim() == 1 else torch.stack(values)
+            batch[key] = _pad_waveforms(values) if values[0].dim() == 1 else stacked(values)
         elif isinstance(values[0], (list, tuple)):
             batch[key] = _pad(values, fill, pad_to_multiple_of, side)
         else:
@@ -104,12 +105,13 @@ def batches(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     order = list(range(len(features)))
-    lengths = [1] * len(order)
-    key = next((key for key in ("input_ids", "input_values") if order and key in features[0]), None)
+    told = getattr(features, "lengths", None)  # of recordings and images, which need not be decoded for it
+    lengths = [1] * len(order) if told is None else told()
+    first = features[0] if order and told is None else {}
+    key = next((key for key in ("input_ids", "input_values") if key in first), None)
     if key is not None:
-        told = getattr(features, "lengths", None)  # of recordings, which need not be decoded for it
-        lengths = [len(feature[key]) for feature in features] if told is None else told()
-        order.sort(key=lambda index: lengths[index], reverse=True)
+        lengths = [len(feature[key]) for feature in features]
+    order.sort(key=lambda index: lengths[index], reverse=True)
     start = 0
     while start < len(order):
         rows = (

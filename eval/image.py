@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from . import files, metrics
 from .ahead import Ahead
 from .augment import flip_and_crop, shift_one_pixel
+from .lazy_rows import LazyRows
 from .task import Feature, Row, Task, nearest
 
 if TYPE_CHECKING:
@@ -48,35 +49,37 @@ DIGITS_PIXELS = Pixels(1, 16.0, (0.5,), (0.5,))
 CIFAR10_PIXELS = Pixels(3, 255.0, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
-class ImageFeatures(Sequence[Feature]):
-    """Rows as model inputs, decoded when accessed, so that a data set takes the memory of its files.
+class ImageFeatures(LazyRows[Feature]):
+    """Rows as model inputs, decoded when accessed.
 
     Item: ``{"pixel_values": float32 [C, H, W], "labels": int}``.
     """
 
     def __init__(self, rows: Sequence[Row], pixels: Pixels, size: tuple[int, int] | None) -> None:
-        import torch
+        import numpy as np
+
+        from .joined import Places
 
         self.rows, self.pixels, self.size = rows, pixels, size
-        self._mean_C11 = torch.tensor(pixels.mean)[:, None, None] * pixels.full
-        self._std_C11 = torch.tensor(pixels.std)[:, None, None] * pixels.full
+        self.places = Places(None if size is None else (pixels.channels, *size))
+        self._mean_C11 = np.array(pixels.mean, np.float32)[:, None, None] * np.float32(pixels.full)
+        self._std_C11 = np.array(pixels.std, np.float32)[:, None, None] * np.float32(pixels.full)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Feature: ...
-    @overload
-    def __getitem__(self, index: slice) -> ImageFeatures: ...
-    def __getitem__(self, index: int | slice) -> Feature | ImageFeatures:
-        if isinstance(index, slice):
-            return ImageFeatures(self.rows[index], self.pixels, self.size)
+    def make(self, index: int) -> Feature:
+        import numpy as np
         import torch
 
         row = self.rows[index]
-        image_HWC = torch.from_numpy(self._decode(row))
-        image_CHW = image_HWC.permute(2, 0, 1).float()
-        return {"pixel_values": (image_CHW - self._mean_C11) / self._std_C11, "labels": int(row["label"])}
+        image_CHW = self._decode(row).transpose(2, 0, 1)
+        place_CHW = self.places.take(index)
+        values_CHW = torch.empty(image_CHW.shape) if place_CHW is None else place_CHW
+        # PyTorch would start a team of threads in every thread that decodes
+        np.subtract(image_CHW, self._mean_C11, out=values_CHW.numpy())
+        np.divide(values_CHW.numpy(), self._std_C11, out=values_CHW.numpy())
+        return {"pixel_values": values_CHW, "labels": int(row["label"])}
 
     def _decode(self, row: Row) -> np.ndarray:
         """The image as uint8 or (resized from an array) float32 [H, W, C], in the wanted size."""
@@ -218,7 +221,7 @@ def predict_ranks(
 
     Args:
         encode: the task's. classes: width of the logits.
-        decode_ahead: a few threads decode what comes next, for images whose decoding takes longer than reading memory.
+        decode_ahead: several threads decode, for images whose decoding takes longer than reading memory.
 
     Raises:
         ValueError: logits of another width, or such that are not finite.
@@ -236,13 +239,20 @@ def predict_ranks(
             )
         if not scores_BC.isfinite().all():
             raise ValueError("the model gives NaN or infinite logits")
-        found: list[list[int]] = scores_BC.float().sort(descending=True, stable=True).indices[:, :TOP].tolist()
-        return found
+        return best_classes(scores_BC.float())
 
     if not decode_ahead:
         return runner.map(features, best, drop=("labels",))
-    with Ahead(features, 2 * runner.batch_size) as ahead:
+    with Ahead.of(features, runner.batch_size, runner.device) as ahead:
         return runner.map(ahead, best, drop=("labels",))
+
+
+def best_classes(scores_BC: torch.Tensor) -> list[list[int]]:
+    """The classes of the `TOP` largest scores of each row, the largest first; of equal ones the lower class."""
+    found = scores_BC.topk(min(TOP + 1, scores_BC.shape[1]))
+    if bool((found.values[:, 1:] == found.values[:, :-1]).any()):  # topk leaves open which of equal ones comes first
+        return scores_BC.sort(descending=True, stable=True).indices[:, :TOP].tolist()
+    return found.indices[:, :TOP].tolist()
 
 
 def ranked_accuracy(
@@ -284,6 +294,6 @@ CIFAR10 = Task(
     rows=cifar10_rows,
     encode=_ENCODE_CIFAR10,
     score=ranked_accuracy,
-    predict=partial(predict_ranks, encode=_ENCODE_CIFAR10, classes=10),
+    predict=partial(predict_ranks, encode=_ENCODE_CIFAR10, classes=10, decode_ahead=True),
     augment=flip_and_crop,
 )

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import files
 from .augment import flip_and_crop
-from .image import predict_ranks, ranked_accuracy
+from .image import input_size, predict_ranks, ranked_accuracy
 from .imagenet_files import hub_images, read_folder
 from .task import Row, Task, nearest
 
@@ -63,7 +63,7 @@ def encode_images(rows: Sequence[Row], processor: Any, max_length: int = 0) -> T
     """
     from .imagenet_transform import TransformedImages, transform_of
 
-    return TransformedImages(rows, transform_of(processor)[0])
+    return TransformedImages(rows, transform_of(processor)[0], input_size(processor))
 
 
 def predict_images(runner: Runner, rows: Sequence[Row]) -> list[list[int]]:

@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from . import files
+from .lazy_rows import LazyRows
 from .task import Row
 
 IMAGES = (".jpeg", ".jpg", ".png")
@@ -35,7 +36,7 @@ def class_indices() -> dict[str, int]:
     return {wnid: index for index, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}
 
 
-class ImageFiles(Sequence[Row]):
+class ImageFiles(LazyRows[Row]):
     """Image files as rows ``{"image": Path, "label": int, "where": str}``, made when they are accessed."""
 
     def __init__(self, names: Sequence[str], labels: Sequence[int], folder: Path) -> None:
@@ -44,13 +45,7 @@ class ImageFiles(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.names)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def make(self, index: int) -> Row:
         path = self.folder / self.names[index]
         return {"image": path, "label": self.labels[index], "where": str(path)}
 
@@ -193,7 +188,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     return lines
 
 
-class HubImages(Sequence[Row]):
+class HubImages(LazyRows[Row]):
     """The rows of a Hub data set with the columns ``image`` and ``label``, read when they are accessed."""
 
     def __init__(self, table: Any, place: str) -> None:
@@ -202,13 +197,7 @@ class HubImages(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.table)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def make(self, index: int) -> Row:
         row, where = self.table[index], f"{self.place} row {index}"
         if not row["image"]["bytes"]:
             raise files.DataError(f"{where}: column 'image' is empty")

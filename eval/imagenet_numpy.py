@@ -25,19 +25,21 @@ class NumpyNormalized:
     mean_C11: np.ndarray
     std_C11: np.ndarray
 
-    def __call__(self, image: Any) -> torch.Tensor:
-        """An RGB image of PIL as float32 [C, H, W]."""
+    def __call__(self, image: Any, place: torch.Tensor | None = None) -> torch.Tensor:
+        """An RGB image of PIL as float32 [C, H, W]: ``place``, written to, where it has that shape."""
         for step in self.steps:
             image = step(image)
-        return torch.from_numpy(self.normalized(np.asarray(image)))
+        image_HWC = np.asarray(image)
+        shape = (image_HWC.shape[2], *image_HWC.shape[:2])
+        values_CHW = place if place is not None and place.shape == shape else torch.empty(shape)
+        self.normalize_into_(values_CHW.numpy(), image_HWC)
+        return values_CHW
 
-    def normalized(self, image_HWC: np.ndarray) -> np.ndarray:
-        """uint8 as float32 [C, H, W], rounded after each of the three operations as PyTorch does."""
-        values_CHW = np.empty((image_HWC.shape[2], *image_HWC.shape[:2]), dtype=np.float32)
+    def normalize_into_(self, values_CHW: np.ndarray, image_HWC: np.ndarray) -> None:
+        """uint8 as float32, rounded after each of the three operations as PyTorch does."""
         np.divide(image_HWC.transpose(2, 0, 1), np.float32(255), out=values_CHW)
         values_CHW -= self.mean_C11
         values_CHW /= self.std_C11
-        return values_CHW
 
 
 def with_numpy(transform: Any) -> Any:
@@ -53,8 +55,11 @@ def with_numpy(transform: Any) -> Any:
     # all there is to these two steps: each of the 256 levels in each channel
     levels_HWC = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
     wanted_CHW = normalize(convert(Image.fromarray(levels_HWC)))
-    same = made.mean_C11.shape == (3, 1, 1) and torch.equal(torch.from_numpy(made.normalized(levels_HWC)), wanted_CHW)
-    return made if same else transform
+    if made.mean_C11.shape != (3, 1, 1):
+        return transform
+    values_CHW = torch.empty(3, 16, 16)
+    made.normalize_into_(values_CHW.numpy(), levels_HWC)
+    return made if torch.equal(values_CHW, wanted_CHW) else transform
 
 
 def _column(values: Any) -> np.ndarray:

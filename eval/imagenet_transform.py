@@ -8,12 +8,16 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from .files import DataError
 from .image import declared_shape
+from .imagenet_numpy import NumpyNormalized, with_numpy
+from .joined import Places
+from .lazy_rows import LazyRows
 from .task import Feature, Row
 
 Transform = Callable[[Any], Tensor]
@@ -53,8 +57,6 @@ def transform_of(processor: Any) -> tuple[Transform, str]:
 def _timm(model: nn.Module) -> tuple[Transform, str]:
     from timm.data import create_transform, resolve_data_config
 
-    from .imagenet_numpy import with_numpy
-
     # a model made for other images than its weights were (img_size) keeps their configuration in all but the size
     config: dict[str, Any] = resolve_data_config({"input_size": declared_shape(model)}, model=model)
     transform: Transform = with_numpy(create_transform(**config))
@@ -73,24 +75,32 @@ def _brief(value: Any) -> str:
     return " ".join(f"{name}={length}" for name, length in dict(value).items() if length is not None)
 
 
-class TransformedImages(Sequence[Feature]):
-    """Rows as model inputs, read and decoded when accessed: ``{"pixel_values": float32 [C, H, W], "labels": int}``."""
+class TransformedImages(LazyRows[Feature]):
+    """Rows as model inputs, read and decoded when accessed: ``{"pixel_values": float32 [C, H, W], "labels": int}``.
 
-    def __init__(self, rows: Sequence[Row], transform: Transform) -> None:
+    Args:
+        size: (height, width) that ``transform`` gives, where it is known: batches are then made in one block of memory.
+    """
+
+    def __init__(self, rows: Sequence[Row], transform: Transform, size: tuple[int, int] | None = None) -> None:
         self.rows, self.transform = rows, transform
+        self.places = Places(None if size is None else (3, *size))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Feature: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Feature]: ...
-    def __getitem__(self, index: int | slice) -> Feature | list[Feature]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def make(self, index: int) -> Feature:
         row = self.rows[index]
-        return {"pixel_values": self.transform(decode(row)), "labels": int(row["label"])}
+        return {"pixel_values": self._pixels(decode(row), self.places.take(index)), "labels": int(row["label"])}
+
+    def _pixels(self, image: Any, place_CHW: Tensor | None) -> Tensor:
+        if isinstance(self.transform, NumpyNormalized):
+            return self.transform(image, place_CHW)
+        values_CHW = self.transform(image)
+        if place_CHW is None or (place_CHW.shape, place_CHW.dtype) != (values_CHW.shape, values_CHW.dtype):
+            return values_CHW
+        np.copyto(place_CHW.numpy(), values_CHW.numpy())  # PyTorch's own copy would start a team of threads
+        return place_CHW
 
 
 def decode(row: Row) -> Any:

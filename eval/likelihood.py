@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
+from .lazy_rows import LazyRows
 from .task import Feature
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Likelihood:
     tokens: int
 
 
-class Pairs(Sequence[Feature]):
+class Pairs(LazyRows[Feature]):
     """Prompt and target as model inputs, joined when accessed: the candidates of a reply share their prompt.
 
     Item: ``input_ids``, ``attention_mask``, ``labels``; of a decoder -100 over the prompt.
@@ -38,13 +39,7 @@ class Pairs(Sequence[Feature]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    @overload
-    def __getitem__(self, index: int) -> Feature: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Feature]: ...
-    def __getitem__(self, index: int | slice) -> Feature | Sequence[Feature]:
-        if isinstance(index, slice):
-            return Pairs(self.pairs[index], self.encoder_decoder)
+    def make(self, index: int) -> Feature:
         prompt, target = self.pairs[index]
         if self.encoder_decoder:
             return {"input_ids": list(prompt), "attention_mask": [1] * len(prompt), "labels": list(target)}

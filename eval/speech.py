@@ -137,7 +137,7 @@ def transcribe(runner: Runner, rows: Sequence[Row], *, normal: Normal, rule: str
         return [decode(scores_TV) for scores_TV in frame_scores(model, batch)]
 
     order = sorted(range(len(rows)), key=lambda index: lengths[index], reverse=True)
-    with Ahead(features, 2 * runner.batch_size, order) as ahead:
+    with Ahead.of(features, runner.batch_size, runner.device, order) as ahead:
         texts = runner.map(ahead, write, max_tokens=MAX_SECONDS * model_rate)
     return [normal(text) for text in texts]
 

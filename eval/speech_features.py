@@ -6,9 +6,10 @@ Legend: T values of a waveform.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
 from . import files
+from .lazy_rows import LazyRows
 from .speech_decode import Alphabet
 from .speech_sound import Header, read_header, read_waveform, resampled_length
 from .task import Feature, Row
@@ -16,7 +17,7 @@ from .task import Feature, Row
 Normal = Callable[[str], str]
 
 
-class SpeechFeatures(Sequence[Feature]):
+class SpeechFeatures(LazyRows[Feature]):
     """Rows as a speech model's inputs, decoded when accessed; lengths come from the files' headers.
 
     Item: ``input_values`` float32 [T], ``attention_mask`` int64 [T] where the feature extractor gives one, and what
@@ -43,13 +44,7 @@ class SpeechFeatures(Sequence[Feature]):
         """Values of each waveform at the model's rate."""
         return [resampled_length(header, self.extractor.sampling_rate) for header in self.headers]
 
-    @overload
-    def __getitem__(self, index: int) -> Feature: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Feature]: ...
-    def __getitem__(self, index: int | slice) -> Feature | list[Feature]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def make(self, index: int) -> Feature:
         import torch
 
         rate = self.extractor.sampling_rate

@@ -8,11 +8,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from . import files
+from .lazy_rows import LazyRows
 from .task import Row
 
 AUDIO = (".flac", ".wav")
@@ -117,7 +118,7 @@ def folder_rows(folder: Path) -> list[Row]:
     return [{**row, "settings": settings} for row in rows]
 
 
-class HubUtterances(Sequence[Row]):
+class HubUtterances(LazyRows[Row]):
     """The rows of a Hub data set with the columns ``audio`` and ``text``, read when they are accessed."""
 
     def __init__(self, table: Any, place: str) -> None:
@@ -126,13 +127,7 @@ class HubUtterances(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.table)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def make(self, index: int) -> Row:
         row, where = self.table[index], f"{self.place} row {index}"
         audio = row["audio"]["bytes"]
         if not audio or not (row["text"] or "").strip():

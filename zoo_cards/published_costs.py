@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 
 from .parts import Base
-from .published_models import in_family, is_same_model
+from .published_models import of_nearest_model
 from .published_scores import GPUSQ_RECIPES, THESIS_RECIPES, THESIS_TASKS
 from .published_tables import Note, PublishedTable, published_table
 
@@ -46,9 +46,7 @@ def costs_for(base: Base, recipe: str, tasks: Iterable[str]) -> tuple[PublishedC
     def fits(cost: PublishedCost) -> bool:
         return not cost.tasks or any(fnmatchcase(name, task) for name in names for task in cost.tasks)
 
-    found = [cost for cost in published_costs() if recipe in cost.recipes and fits(cost)]
-    same = tuple(cost for cost in found if is_same_model(cost.model, base))
-    return same or tuple(cost for cost in found if in_family(cost.model, base))
+    return of_nearest_model((cost for cost in published_costs() if recipe in cost.recipes and fits(cost)), base)
 
 
 def _gpusq() -> Iterator[PublishedCost]:
@@ -133,8 +131,7 @@ def _thesis() -> Iterator[PublishedCost]:
         model, pattern, _ = THESIS_TASKS[task]
         for row in others:
             for column in (column for column in words if column in table.columns):
-                notes = dict.fromkeys((*table.notes_on(column, baseline), *table.notes_on(column, row)))
                 yield PublishedCost(
                     model, row["model"], THESIS_RECIPES[row["model"]], (pattern,), words[column], baseline[column],
-                    row[column], table.source, tuple(notes),
+                    row[column], table.source, table.notes_on(column, baseline, row),
                 )  # fmt: skip

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from typing import Protocol, TypeVar
 
 from .parts import Base
+
+
+class _OfModel(Protocol):
+    @property
+    def model(self) -> str:
+        """The paper's name for it."""
+
+
+Published = TypeVar("Published", bound=_OfModel)
 
 # the paper's name of a model: what its weights are called here, and the adapters of its family
 MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -30,6 +41,13 @@ def is_same_model(published: str, base: Base) -> bool:
 def in_family(published: str, base: Base) -> bool:
     """Whether one adapter serves both."""
     return base.adapter in _known(published)[1]
+
+
+def of_nearest_model(found: Iterable[Published], base: Base) -> tuple[Published, ...]:
+    """Those of the very model of a card; without any, those of others of its family."""
+    everything = tuple(found)
+    same = tuple(one for one in everything if is_same_model(one.model, base))
+    return same or tuple(one for one in everything if in_family(one.model, base))
 
 
 def _known(model: str) -> tuple[str, tuple[str, ...]]:

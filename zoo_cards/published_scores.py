@@ -12,7 +12,7 @@ from functools import cache
 
 from ..eval.task import Score
 from .parts import Base
-from .published_models import in_family, is_same_model
+from .published_models import of_nearest_model
 from .published_tables import Note, PublishedTable, published_table
 
 
@@ -85,9 +85,7 @@ def published_for(base: Base, recipe: str, score: Score) -> tuple[PublishedScore
 
     `published_models` tells which is which.
     """
-    found = [p for p in published_scores() if recipe in p.recipes and p.speaks_of(score)]
-    same = tuple(p for p in found if is_same_model(p.model, base))
-    return same or tuple(p for p in found if in_family(p.model, base))
+    return of_nearest_model((p for p in published_scores() if recipe in p.recipes and p.speaks_of(score)), base)
 
 
 def _pairs(
@@ -104,10 +102,9 @@ def _pairs(
     for column, (task, metric) in columns.items():
         if column in table.columns:
             said = split if isinstance(split, str) else split.get(column, "test server")
-            notes = dict.fromkeys((*table.notes_on(column, dense), *table.notes_on(column, row)))
             yield PublishedScore(
                 model, method, recipes, (task,), metric, said, 100.0, dense[column], row[column], table.source,
-                tuple(note for note in notes),
+                table.notes_on(column, dense, row),
             )  # fmt: skip
 
 

@@ -71,8 +71,10 @@ class PublishedTable:
         """``Yu et al. 2023, Table 1``."""
         return f"{self.paper.short}, {self.table}"
 
-    def notes_on(self, column: str, row: Mapping[str, str]) -> tuple[Note, ...]:
-        return tuple(note for note in self.notes if note.covers(self.name, column, row))
+    def notes_on(self, column: str, *rows: Mapping[str, str]) -> tuple[Note, ...]:
+        """Those about this column of the rows, each once, the first row's first."""
+        found = (note for row in rows for note in self.notes if note.covers(self.name, column, row))
+        return tuple(dict.fromkeys(found))
 
 
 def number(cell: str) -> float | None:

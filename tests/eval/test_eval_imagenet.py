@@ -19,6 +19,7 @@ from squeezoo.eval.files import DataError, MissingDataError
 from squeezoo.eval.image import ranked_accuracy
 from squeezoo.eval.imagenet_transform import decode, transform_of
 from squeezoo.eval.run import evaluate
+from squeezoo.eval.runner import Runner
 from squeezoo.models.torchvision_guard import ensure_torchvision_importable
 
 ensure_torchvision_importable()
@@ -252,8 +253,6 @@ def test_scores_are_those_of_the_library(tmp_path: Path) -> None:
     assert "crop_pct 0.9" in str(top1.settings["preprocessing"])
     random.Random(0).shuffle(rows)
     for size in (1, 12):
-        from squeezoo.eval.runner import Runner
-
         ranks = imagenet.predict_images(Runner(model, None, batch_size=size), rows)
         assert TASK.score(ranks, [row["label"] for row in rows]) == {"top1": top1.value, "top5": top5.value}
 
@@ -295,7 +294,7 @@ def test_decoding_ahead_is_bounded_and_the_same() -> None:
     """Never more than ``window`` items beyond those taken, each once; errors come where the item is asked for."""
     features = _Counting(40)
     order = random.Random(2).sample(range(40), 40)
-    with Ahead(features, 6, order, workers=3) as ahead:
+    with Ahead(features, 3, order, workers=3) as ahead:
         for taken, index in enumerate(order, start=1):
             if index == 13:
                 with pytest.raises(DataError, match="13 is broken"):
@@ -304,9 +303,38 @@ def test_decoding_ahead_is_bounded_and_the_same() -> None:
                 assert ahead[index] == {"x": index}
             assert len(features.made) <= taken + 6
     assert sorted(features.made) == list(range(40))
-    with Ahead(features, 2, workers=1) as ahead:
+    with Ahead(features, 1, workers=1) as ahead:
         assert [item["x"] for item in ahead[3:6]] == [3, 4, 5]
         assert ahead[30] == {"x": 30}
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+@pytest.mark.parametrize("cores", [1, 4])
+def test_batches_hold_the_librarys_own_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, cores: int
+) -> None:
+    """What the model is called with, decoded beside it and between its batches: the bits that timm's transform and
+    transformers' processor give for each file, in the block of memory in which they were made."""
+    from squeezoo.eval import ahead
+    from timm.data import create_transform, resolve_data_config
+    from transformers import CLIPImageProcessor
+
+    monkeypatch.setattr(ahead, "cores", lambda: cores)
+    folder, model, calls = _folders(tmp_path), _timm(), []
+    model.register_forward_pre_hook(lambda module, arguments: calls.append(arguments[0]))
+    processor = CLIPImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+    timms = create_transform(**resolve_data_config({"input_size": (3, 32, 32)}, model=model))
+    runner = Runner(model, None if library == "timm" else processor, batch_size=5)
+    imagenet.predict_images(runner, TASK.rows("validation", tmp_path))
+    images = [Image.open(path) for path in sorted(folder.rglob("*.JPEG"))]
+    if library == "timm":
+        wanted = [timms(image) for image in images]
+    else:
+        wanted = [processor(image, return_tensors="pt")["pixel_values"][0] for image in images]
+    assert [len(call) for call in calls] == [5, 5, 2]
+    assert torch.equal(torch.cat(calls), torch.stack(wanted))
+    assert len({call.untyped_storage().data_ptr() for call in calls}) == 3
+    assert all(call.untyped_storage().nbytes() == call.nbytes for call in calls)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224"])
