@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: install quickstart test test-slow test-extras peers bench-cpu bench-gpu lint format clean
+.PHONY: install quickstart test test-slow test-extras peers bench-cpu bench-gpu tables lint format clean
 
 install: $(STAMP)
 
@@ -48,6 +48,10 @@ $(EXTRAS)/.installed: pyproject.toml constraints.txt constraints-extras.txt
 
 test-extras: $(EXTRAS)/.installed
 	$(EXTRAS)/bin/python -m pytest tests/extras
+
+# The score tables of README.md and results/README.md, from results/eval.
+tables: $(STAMP)
+	$(PY) -m squeezoo.results_tables
 
 # The int8 peers of the CPU benchmark, in an environment of their own.
 PEERS := .venv-peers

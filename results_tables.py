@@ -1,0 +1,117 @@
+"""``make tables``: the score tables of results/README.md and README.md, made from the files in results/eval.
+
+A file is what ``squeezoo eval --json-file`` wrote, called MODEL.TASK.METHOD.sSEED (of one run alone without the seed).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent
+EVALUATIONS = ROOT / "results" / "eval"
+_SEEDED = re.compile(r"minilm-l6\.mrpc\.(?P<method>.+)\.s(?P<seed>\d+)")
+
+# Method: how it was trained, and the published change of MRPC against the dense BERT-base.
+METHODS: dict[str, tuple[str, str]] = {
+    "dense": ("dense, 5 epochs", ""),
+    "asp-2-4": ("`asp-2-4`, 12 epochs", "-3.6 (N)"),
+    "asp-2-4-short": ("`asp-2-4`, 4 epochs", "-3.6 (N)"),
+    "sr-ste-2-4-short": ("`sr-ste-2-4`, 4 epochs", ""),
+    "nxm-admm-short": ("`nxm-admm`, 5 epochs", "-0.9 (N)"),
+    "gpusq-gemm-int8": ("`gpusq-gemm-int8`, 6 + 6 epochs", "+0.2 (G)"),
+    "gpusq-gemm-int8-short": ("`gpusq-gemm-int8`, 2 + 2 epochs", "+0.2 (G)"),
+    "deepcomp-sparse-int8": ("`deepcomp-sparse-int8`, 4 epochs", ""),
+    "deepcomp-sparse-int4-short": ("`deepcomp-sparse-int4`, 2 + 2 epochs", ""),
+    "squeezoo-best": ("`squeezoo-best`, 4 epochs", ""),
+    "dq": ("`dq`, no training", ""),
+    "pkd-3": ("`pkd-6 --blocks 3`, 4 epochs", ""),
+}
+
+
+def read_scores(folder: Path = EVALUATIONS) -> dict[str, list[dict[str, Any]]]:
+    """File name without ending: its scores."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def score_table(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Every score, one a row."""
+    lines = ["| file | task | split | rows | metric | value |", "| --- | --- | --- | ---: | --- | ---: |"]
+    for name, found in scores.items():
+        for score in found:
+            perplexity = "perplexity" in score["metric"]
+            value = f"{score['value']:,.2f}" if perplexity else f"{100 * score['value']:.2f} %"
+            rows = f"{score['samples']:,}" + ("" if score["complete"] else " (sample)")
+            cells = (name, score["task"], score["split"], rows, score["metric"], value)
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def method_table(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """MiniLM-L6 on MRPC: F1 of each method by seed, mean, standard deviation, and the change against the dense model of
+    the same seed; beside it what the papers print.
+
+    Raises:
+        ValueError: a method that `METHODS` does not know.
+    """
+    f1: dict[str, dict[int, float]] = {}
+    for name, found in scores.items():
+        if matched := _SEEDED.fullmatch(name):
+            value = next(100 * score["value"] for score in found if score["metric"] == "f1")
+            f1.setdefault(matched["method"], {})[int(matched["seed"])] = value
+    if unknown := set(f1) - set(METHODS):
+        raise ValueError(f"no label for the methods {', '.join(sorted(unknown))}: give them one in METHODS")
+    lines = [
+        "| method | F1 of seeds 0, 1, 2 | mean | standard deviation | change, paired by seed | published change |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for method, (label, published) in METHODS.items():
+        if method not in f1:
+            continue
+        by_seed = dict(sorted(f1[method].items()))
+        changes = [value - f1["dense"][seed] for seed, value in by_seed.items() if seed in f1["dense"]]
+        cells = [
+            label,
+            ", ".join(f"{by_seed[seed]:.2f}" if seed in by_seed else "-" for seed in range(max(by_seed) + 1)),
+            f"{statistics.mean(by_seed.values()):.2f}",
+            f"{statistics.stdev(by_seed.values()):.2f}" if len(by_seed) > 1 else "",
+            f"{statistics.mean(changes):+.2f}" if changes and method != "dense" else "",
+            published,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def with_table(text: str, name: str, lines: Sequence[str]) -> str:
+    """``text`` with the table between its two marks replaced.
+
+    Raises:
+        ValueError: the marks are not there.
+    """
+    begin, end = f"<!-- {name}: made by `make tables`, do not edit -->", f"<!-- end of {name} -->"
+    if begin not in text or end not in text:
+        raise ValueError(
+            f"expected the marks {begin!r} and {end!r}, found {'one' if begin in text else 'none'} of them"
+        )
+    before, after = text.split(begin)[0], text.split(end)[1]
+    return "\n".join([before + begin, *lines, end + after])
+
+
+def tables(root: Path = ROOT) -> dict[Path, str]:
+    """The two files as they should be."""
+    scores = read_scores(root / "results" / "eval")
+    made = {"results/README.md": ("scores", score_table(scores)), "README.md": ("MRPC table", method_table(scores))}
+    return {
+        root / path: with_table((root / path).read_text(encoding="utf-8"), name, lines)
+        for path, (name, lines) in made.items()
+    }
+
+
+if __name__ == "__main__":
+    for path, text in tables().items():
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path.relative_to(ROOT)}")
