@@ -95,7 +95,14 @@ def run_bench_engine(
             else:
                 fields = {"threads": threads, **(oneshot or {})}
                 jobs = [
-                    Job(method, oneshot_model, str(folder), calibration=calibration, **fields)
+                    Job(
+                        method,
+                        oneshot_model,
+                        str(folder),
+                        calibration=calibration,
+                        offload=method == "sparsegpt",
+                        **fields,
+                    )
                     for method in methods
                     for calibration in (calibrations if method in CALIBRATED else calibrations[:1])
                 ]

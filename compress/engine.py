@@ -221,7 +221,7 @@ class _Run:
     def _run(self, student: nn.Module, index: int, work: Work, title: str) -> dict[str, Any]:
         stage = self.recipe.stages[index]
         if isinstance(stage, Prune):
-            return self._prune(student, stage)
+            return self._prune(student, stage, work.folder)
         if isinstance(stage, Calibrate):
             requantize_(student, self.plan_at(index))
             rounded = any(isinstance(s, Prune) and s.quantize for s in self.recipe.stages[:index])
@@ -244,7 +244,7 @@ class _Run:
         record |= {"epochs": stage.epochs, "learning_rate": stage.learning_rate, "batch_size": stage.batch_size}
         return record | {"samples": len(self.data.features), "device": self.device, "hardware": self.hardware}
 
-    def _prune(self, student: nn.Module, stage: Prune) -> dict[str, Any]:
+    def _prune(self, student: nn.Module, stage: Prune, folder: Path) -> dict[str, Any]:
         record: dict[str, Any] = {"method": stage.method}
         if stage.method == "magnitude":
             magnitude_masks_(student, stage.scope)
@@ -257,6 +257,7 @@ class _Run:
                 prune_oneshot_(
                     student, stage.method, self._batches(stage.samples, ONE_SHOT_BATCH), progress=tell,
                     block_size=stage.block_size, damping=stage.damping, quantize=_rounder if stage.quantize else None,
+                    offload=folder if stage.offload else None,
                 )  # fmt: skip
         activate_attention_(student)
         return record

@@ -86,6 +86,16 @@ def give_back_memory() -> None:
 
 
 @cache
+def share_one_heap() -> None:
+    """Let threads that start from now on use the heaps there are. glibc would give each one of its own, and no halted
+    call could use what another has freed; only one runs at any moment, so none waits for another. It cannot be undone
+    and costs little elsewhere; where there is no glibc nothing is done."""
+    arena_max = -8  # M_ARENA_MAX of malloc.h
+    if _malloc_trim() is not None:
+        ctypes.CDLL(None).mallopt(arena_max, 1)
+
+
+@cache
 def _malloc_trim() -> Callable[[int], int] | None:
     try:
         return ctypes.CDLL(None).malloc_trim

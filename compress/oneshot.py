@@ -6,6 +6,7 @@ time (`walk`). Legend: O out_features, I in_features.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from .calibration_rows import gather, is_encoder_decoder
 from .hessian import Hessian, HessianError, InverseFactor, factorise
 from .lockstep import give_back_memory
 from .masks import Pattern
+from .offload import Offload
 from .packing import pack_bits, unpack_bits
 from .rules import Unstructured
 from .sparsegpt import QuantizeColumn, sparsegpt
@@ -70,6 +72,7 @@ def prune_oneshot_(
     quantize: Quantize | None = None,
     tokens_at_a_time: int = 2048,
     recompute: bool = False,
+    offload: str | os.PathLike[str] | None = None,
     sites: Sites | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[Pruned, ...]:
@@ -84,6 +87,8 @@ def prune_oneshot_(
         tokens_at_a_time: of one forward pass; more is hardly faster and takes more memory.
         recompute: passes wait in front of blocks, not inside, and blocks are run again up to each group of GEMMs. Same
             result, about twice the forward time; per token only the input of a block is kept, not what stands in it.
+        offload: a folder on a disk with room for the weights. They wait there in a temporary file, and memory holds
+            those of one group of GEMMs (and, before and after, all). Same result; see `Offload`.
         sites: of the model, where no adapter is known for it; only encoder-decoders and ``recompute`` need them.
         progress: told the number of GEMMs done and the total.
 
@@ -109,29 +114,31 @@ def prune_oneshot_(
     try:
         with evaluating(model):
             groups, tokens_per_row = groups_of(model, stops, runs[0][:1])
-            with Walk(model, runs, tokens_at_a_time // tokens_per_row, blocks) as walk:
+            rows = tokens_at_a_time // tokens_per_row
+            gemms = {name: (target.module, target.weight) for name, target in targets.items()}
+            with Offload(model, gemms, offload) as waiting, Walk(model, runs, rows, blocks) as walk:
                 for group in groups:
                     members = {stop.name: targets[stop.name] for stop in group}
-                    in_features, device = (
-                        targets[group[0].name].latent_OI.shape[1],
-                        targets[group[0].name].latent_OI.device,
-                    )
+                    in_features, device = members[group[0].name].shape[1], members[group[0].name].latent_OI.device
                     if method == "wanda":
                         squares = InputSquares(in_features, device)
                         walk.advance_to(group[0], squares)
+                        waiting.keep_only(members)
                         for name, target in members.items():
                             masks.set_(name, wanda_mask(target.latent_OI, squares.scaler_I, target.sparsity))
                             done.append(Pruned(name, str(target.sparsity), walk.tokens, None, None))
                     else:
                         hessian = Hessian(in_features, device)
                         walk.advance_to(group[0], hessian)
+                        waiting.keep_only(members)
                         factor = _factor(group[0].name, hessian, damping)
                         del hessian
                         for name, mask_OI, loss in _solve_(members, factor, block_size, quantize):
                             masks.set_later(name, mask_OI)
                             done.append(Pruned(name, str(targets[name].sparsity), walk.tokens, loss, factor.damping))
+                        del factor
+                        waiting.write(members)
                     progress(len(done), len(targets))
-        give_back_memory()  # of the passes, before the masks take theirs
         masks.finish_()
     except BaseException:
         masks.restore_()
@@ -170,7 +177,7 @@ class _Masks:
     def __init__(self, targets: Mapping[str, _Target]) -> None:
         self._targets = targets
         self._before = {name: _pack(target.weight.mask_OI) for name, target in targets.items()}
-        self._after: dict[str, Tensor] = {}
+        self._after: dict[str, Tensor | None] = {}
         for name, target in targets.items():
             self.set_(name, torch.ones((1, 1), dtype=torch.bool, device=target.latent_OI.device).expand(target.shape))
 
@@ -186,14 +193,20 @@ class _Masks:
     def restore_(self) -> None:
         self._unpack_(self._before)
 
-    def _unpack_(self, packed: dict[str, Tensor]) -> None:
+    def _unpack_(self, packed: dict[str, Tensor | None]) -> None:
         for name in list(packed):
-            self.set_(name, unpack_bits(packed.pop(name), 1, self._targets[name].shape[1]).view(torch.bool))
+            target, bits = self._targets[name], packed.pop(name)
+            if bits is None:
+                mask_OI = torch.ones(target.shape, dtype=torch.bool, device=target.latent_OI.device)
+            else:
+                mask_OI = unpack_bits(bits, 1, target.shape[1]).view(torch.bool)
+            self.set_(name, mask_OI)
 
 
-def _pack(mask_OI: Tensor | None) -> Tensor:
+def _pack(mask_OI: Tensor | None) -> Tensor | None:
+    """One bit per weight; None where all are kept."""
     assert mask_OI is not None
-    return pack_bits(mask_OI.contiguous().view(torch.uint8), 1)
+    return None if bool(mask_OI.all()) else pack_bits(mask_OI.contiguous().view(torch.uint8), 1)
 
 
 def _factor(name: str, hessian: Hessian, damping: float) -> InverseFactor:

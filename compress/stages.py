@@ -19,6 +19,8 @@ class Prune(Record):
         samples: calibration samples, in the fixed shuffled order of the training data.
         block_size, damping: SparseGPT's column block and the share of the mean diagonal added to its Hessian.
         quantize: SparseGPT only: round each column to the rule's weight quantizer before its error is spread.
+        offload: wanda and sparsegpt, on a CPU: weights that are not being pruned wait in a temporary file beside the
+            output, so that memory does not grow with depth while data passes. The result is the same.
     """
 
     stage: Literal["prune"]
@@ -28,6 +30,7 @@ class Prune(Record):
     block_size: int = Field(128, ge=1)
     damping: float = Field(0.01, gt=0)
     quantize: bool = False
+    offload: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> Prune:
@@ -35,6 +38,8 @@ class Prune(Record):
             raise ValueError(f"scope: a global threshold is for magnitude; {self.method} ranks inside a GEMM")
         if self.quantize and self.method != "sparsegpt":
             raise ValueError(f"quantize: only sparsegpt spreads the error of rounding, not {self.method}")
+        if self.offload and self.method not in ("wanda", "sparsegpt"):
+            raise ValueError(f"offload: only wanda and sparsegpt go block by block, not {self.method}")
         return self
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibration_rows import CalibrationDataError, Rows, Side, call, cut, real_tokens
-from .lockstep import HaltingCall, give_back_memory
+from .lockstep import HaltingCall, give_back_memory, share_one_heap
 
 
 class Statistics(Protocol):
@@ -118,6 +118,7 @@ class Walk:
     def __init__(
         self, model: nn.Module, runs: list[Rows], rows_at_a_time: int, recompute: Sequence[nn.Module] = ()
     ) -> None:
+        share_one_heap()
         self.model, self.pieces, self.tokens = model, cut(runs, rows_at_a_time), 0
         self._calls = [HaltingCall(partial(_forward, model, piece)) for piece in self.pieces]
         self._number = 0  # of the piece whose pass is running

