@@ -39,6 +39,7 @@ from .runtime import use_int8_, use_int8_embeddings_, use_quantized_inputs_
 from .runtime.cuda import use_cuda_
 from .runtime.cuda_source import CudaOptions
 from .runtime.inputs import stretch_
+from .runtime.lengths import limit_length_
 from .runtime.nm_attention import use_nm_attention_
 from .runtime.selection import select_kernels_
 from .upgrade import FORMAT_VERSION, upgraded
@@ -218,6 +219,7 @@ def load(
     model = assemble(manifest.model, tensors, manifest.plan, resolved, device, attention).to(device)
     if backend == "auto":
         select_kernels_(model)
+    limit_length_(model)
     return model
 
 

@@ -8,10 +8,9 @@ of 8. Shapes are padded to that (``cuda_layout.py``), so the rules here are abou
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-from torch import nn
 
 CudaBackend = Literal["sparse_int8", "dense_int8", "sparse_half", "dense_half", "sparse_fp8"]
 CUDA_BACKENDS: tuple[CudaBackend, ...] = get_args(CudaBackend)
@@ -142,21 +141,6 @@ def fused_scales(dtype: torch.dtype, device: str = "cuda") -> tuple[bool, bool]:
         except (RuntimeError, TypeError):
             result.append(False)
     return result[0], result[0] and result[1]
-
-
-def check_length(model: nn.Module, length: int) -> None:
-    """Refuse a sequence that is longer than the model's table of positions. On a GPU an index outside of a table stops
-    the whole process with an assertion, so this is to be called before a batch is run.
-
-    Raises:
-        ValueError: says how long it may be.
-    """
-    config: Any = getattr(model, "config", None)
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if isinstance(longest, int) and length > longest:
-        raise ValueError(
-            f"expected at most {longest} tokens for this {type(model).__name__}, found {length}: truncate the input"
-        )
 
 
 def check_finite(x: torch.Tensor, what: str) -> None:

@@ -34,7 +34,6 @@ from squeezoo.compress.runtime.cuda_modules import CudaLinear, CudaSlice
 from squeezoo.compress.runtime.cuda_source import CudaOptions
 from squeezoo.compress.runtime.cuda_support import (
     CudaError,
-    check_length,
     cuda_capability,
     fused_scales,
     supported,
@@ -335,15 +334,6 @@ def test_nothing_runs_the_asked_kernel() -> None:
     assert type(model.bert.encoder.layer[0].output.dense) is nn.Linear
     with pytest.raises(CudaError, match="found 'fast'"):
         use_cuda_(model, sites, gemms, backend="fast", options=CPU16)  # type: ignore[arg-type]
-
-
-def test_sequences_longer_than_the_model_allows() -> None:
-    model = tiny.TINY["bert"]()
-    longest = model.config.max_position_embeddings
-    check_length(model, longest)
-    with pytest.raises(ValueError, match=f"at most {longest} tokens for this BertFor.*found {longest + 1}"):
-        check_length(model, longest + 1)
-    check_length(nn.Linear(2, 2), 10**6)
 
 
 def test_sites_of_another_model() -> None:
