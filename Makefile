@@ -49,7 +49,7 @@ $(EXTRAS)/.installed: pyproject.toml constraints.txt constraints-extras.txt
 test-extras: $(EXTRAS)/.installed
 	$(EXTRAS)/bin/python -m pytest tests/extras
 
-# The score tables of README.md and results/README.md, from results/eval.
+# The tables of README.md and results/README.md, from the files in results/.
 tables: $(STAMP)
 	$(PY) -m squeezoo.results_tables
 

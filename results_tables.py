@@ -1,6 +1,7 @@
-"""``make tables``: the score tables of results/README.md and README.md, made from the files in results/eval.
+"""``make tables``: the tables of results/README.md and README.md, made from the files in results/.
 
-A file is what ``squeezoo eval --json-file`` wrote, called MODEL.TASK.METHOD.sSEED (of one run alone without the seed).
+A file in results/eval is what ``squeezoo eval --json-file`` wrote, called MODEL.TASK.METHOD.sSEED (of one run alone
+without the seed); results/cpu-*.json is what ``make bench-cpu`` wrote.
 """
 
 from __future__ import annotations
@@ -86,6 +87,71 @@ def method_table(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]
     return lines
 
 
+EAGER, OURS = "eager fp32", "squeezoo"
+PEERS = {
+    "OpenVINO (NNCF int8)": "OpenVINO",
+    "ONNX Runtime int8": "ONNX Runtime",
+    "PyTorch dynamic int8": "torch dynamic",
+}
+
+
+def read_cells(root: Path = ROOT) -> list[dict[str, Any]]:
+    """All cells that were measured on CPUs."""
+    files = sorted((root / "results").glob("cpu-*.json"))
+    return [cell for path in files for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+
+
+def race_table(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Cells in which an engine that is not PyTorch's took part; of an engine's modes the better one."""
+    lines = [
+        f"| model | batch x tokens | float32 ms | squeezoo | {' | '.join(PEERS)} | ours / best peer |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for cell in _in_order(cells):
+        found = [
+            max((e["speedup"] for name, e in cell["engines"].items() if name.startswith(start)), default=None)
+            for start in PEERS.values()
+        ]
+        if found[0] is None or found[1] is None:
+            continue
+        ours, best = cell["engines"][OURS]["speedup"], max(speed for speed in found if speed is not None)
+        peers = ["-" if speed is None else f"{speed:.2f}x" for speed in found]
+        lines.append(f"| {_what(cell)} | **{ours:.2f}x** | {' | '.join(peers)} | {ours / best:.2f} |")
+    return lines
+
+
+def cell_table(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every cell: float32 milliseconds, our speed-up with its spread, PyTorch's own int8 in its better mode."""
+    lines = ["| model | batch x size | float32 ms | squeezoo | p10 to p90 | PyTorch dynamic int8 |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    for cell in _in_order(cells, skipped=True):
+        if cell["skipped"]:
+            lines.append(f"| {cell['model']} | {cell['batch']} x {cell['size']} | {cell['skipped']} |  |  |  |")
+            continue
+        ours, start = cell["engines"][OURS], PEERS["PyTorch dynamic int8"]
+        own = max((e["speedup"] for name, e in cell["engines"].items() if name.startswith(start)), default=None)
+        low, high = ours["spread"]
+        cells_ = (
+            _what(cell),
+            f"{ours['speedup']:.2f}x",
+            f"{low:.2f} to {high:.2f}",
+            "-" if own is None else f"{own:.2f}x",
+        )
+        lines.append(f"| {' | '.join(cells_)} |")
+    return lines
+
+
+def _in_order(cells: Sequence[Mapping[str, Any]], skipped: bool = False) -> list[Mapping[str, Any]]:
+    """By model, batch and size, numbers as numbers."""
+    kept = [cell for cell in cells if skipped or not cell["skipped"]]
+    return sorted(kept, key=lambda c: (c["model"], c["batch"], int(re.match(r"\d+", c["size"])[0])))  # type: ignore[index]
+
+
+def _what(cell: Mapping[str, Any]) -> str:
+    ms = cell["engines"][EAGER]["timing"]["median_ms"]
+    return f"{cell['model']} | {cell['batch']} x {cell['size']} | {ms:.1f}"
+
+
 def with_table(text: str, name: str, lines: Sequence[str]) -> str:
     """``text`` with the table between its two marks replaced.
 
@@ -103,12 +169,18 @@ def with_table(text: str, name: str, lines: Sequence[str]) -> str:
 
 def tables(root: Path = ROOT) -> dict[Path, str]:
     """The two files as they should be."""
-    scores = read_scores(root / "results" / "eval")
-    made = {"results/README.md": ("scores", score_table(scores)), "README.md": ("MRPC table", method_table(scores))}
-    return {
-        root / path: with_table((root / path).read_text(encoding="utf-8"), name, lines)
-        for path, (name, lines) in made.items()
+    scores, cells = read_scores(root / "results" / "eval"), read_cells(root)
+    made = {
+        "results/README.md": {"scores": score_table(scores), "CPU cells": cell_table(cells)},
+        "README.md": {"MRPC table": method_table(scores), "CPU race": race_table(cells)},
     }
+    found = {}
+    for path, named in made.items():
+        text = (root / path).read_text(encoding="utf-8")
+        for name, lines in named.items():
+            text = with_table(text, name, lines)
+        found[root / path] = text
+    return found
 
 
 if __name__ == "__main__":

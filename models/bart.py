@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .adapter import Adapter, AttentionSite, GemmSite
-from .record import CROSS_HEADS, FFN, HEADS
+from .record import CROSS_HEADS, FFN, HEADS, BlockForm
 
 BART = Adapter(
     name="bart",
@@ -30,4 +30,5 @@ BART = Adapter(
     pooler=r"classification_head\.dense",
     embeddings=r"(?:model\.)?(?:encoder|decoder)\.embed_(?:tokens|positions)",
     permutable=(FFN, HEADS, CROSS_HEADS),
+    forms=tuple(BlockForm("self_attn_layer_norm", "final_layer_norm", norm_first=first) for first in (False, True)),
 )

@@ -30,7 +30,7 @@ BERT = Adapter(
     pooler=r"(?:bert\.)?pooler\.dense",
     embeddings=r"(?:bert\.)?embeddings\.(?:word|position|token_type)_embeddings",
     permutable=(FFN, HEADS),
-    form=BlockForm("attention.output.LayerNorm", "output.LayerNorm", norm_first=False),
+    forms=(BlockForm("attention.output.LayerNorm", "output.LayerNorm", norm_first=False),),
 )
 
 # The classifier of sequences has two layers: `dense`, which stands where BERT has its pooler, and `out_proj`.
@@ -64,5 +64,5 @@ DISTILBERT = Adapter(
     pooler=r"pre_classifier",
     embeddings=r"(?:distilbert\.)?embeddings\.(?:word|position)_embeddings",
     permutable=(FFN, HEADS),
-    form=BlockForm("sa_layer_norm", "output_layer_norm", norm_first=False),
+    forms=(BlockForm("sa_layer_norm", "output_layer_norm", norm_first=False),),
 )

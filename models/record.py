@@ -123,7 +123,7 @@ class Adapter:
         pooler: linears outside the blocks, other than the final projection, that a recipe may treat as role ``pooler``.
         embeddings: the ``nn.Embedding`` tables that the model looks up.
         permutable: what channel permutation may do, see `Permutable`.
-        form: what an encoder block computes, see `BlockForm`; None where it is something else.
+        forms: what an encoder block may compute, see `BlockForm`; none where it is something else.
     """
 
     name: str
@@ -140,7 +140,7 @@ class Adapter:
     pooler: str | None = None
     embeddings: str | None = None
     permutable: tuple[Permutable, ...] = ()
-    form: BlockForm | None = None
+    forms: tuple[BlockForm, ...] = ()
 
     @property
     def kinds(self) -> dict[str, int]:

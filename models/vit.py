@@ -27,7 +27,7 @@ VIT = Adapter(
     activation=r"mlp\.activation_fn",
     pooler=r"(?:(?:vit|deit)\.)?pooler\.dense",
     permutable=(FFN, HEADS),
-    form=BlockForm("layernorm_before", "layernorm_after", norm_first=True),
+    forms=(BlockForm("layernorm_before", "layernorm_after", norm_first=True),),
 )
 
 # transformers renamed the modules of DINOv2 between 5.17 and 5.23: each pattern holds the older name, then the newer
@@ -70,5 +70,5 @@ TIMM_VIT = Adapter(
     per_block=4,
     activation=r"mlp\.act",
     permutable=(replace(FFN, unless=r"mlp\.norm"), replace(FUSED_HEADS, unless=r"attn\.norm")),
-    form=BlockForm("norm1", "norm2", norm_first=True, mask="attn_mask"),
+    forms=(BlockForm("norm1", "norm2", norm_first=True, mask="attn_mask"),),
 )

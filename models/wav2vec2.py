@@ -7,7 +7,7 @@ normalize first (``do_stable_layer_norm``), have the same names.
 from __future__ import annotations
 
 from .adapter import Adapter, AttentionSite, GemmSite
-from .record import FFN, HEADS
+from .record import FFN, HEADS, BlockForm
 
 WAV2VEC2 = Adapter(
     name="wav2vec2",
@@ -29,4 +29,5 @@ WAV2VEC2 = Adapter(
     left_dense=(r"adapter_layer\.linear_[12]",),  # the language adapters of MMS
     pooler=r"projector",
     permutable=(FFN, HEADS),
+    forms=tuple(BlockForm("layer_norm", "final_layer_norm", norm_first=first) for first in (False, True)),
 )

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from squeezoo.results_tables import method_table, score_table, tables, with_table
+from squeezoo.results_tables import cell_table, method_table, race_table, score_table, tables, with_table
 
 RESULTS = Path(__file__).parents[1] / "results"
 EVALUATIONS = sorted((RESULTS / "eval").glob("*.json"))
@@ -54,6 +54,29 @@ def test_a_sample_is_called_one_and_a_perplexity_has_no_percent() -> None:
     lines = score_table({"a": [score], "b": [{**score, "metric": "perplexity", "value": 1234.5, "complete": True}]})
     assert lines[2] == "| a | t | test | 1,200 (sample) | accuracy | 50.00 % |"
     assert lines[3] == "| b | t | test | 1,200 | perplexity | 1,234.50 |"
+
+
+def cell_of(model: str, size: str, batch: int = 1, skipped: str | None = None, **speedups: float) -> dict[str, object]:
+    engines = {name: {"speedup": value, "spread": [value, value + 0.1]} for name, value in speedups.items()}
+    return {
+        "model": model, "batch": batch, "size": size, "skipped": skipped,
+        "engines": engines | {"eager fp32": {"timing": {"median_ms": 100.0}, "speedup": 1.0}},
+    }  # fmt: skip
+
+
+def test_the_race_has_the_cells_with_peers_and_each_peer_s_better_mode() -> None:
+    """By hand: 5 over OpenVINO's better 4 is 1.25. A cell without peers is in the other table alone."""
+    modes = {"OpenVINO NNCF int8": 3.0, "OpenVINO NNCF int8, this shape": 4.0, "ONNX Runtime int8": 2.0}
+    raced = cell_of("bert", "384", squeezoo=5.0, **modes, **{"torch dynamic int8 (x86)": 2.5})
+    alone = cell_of("bert", "16", squeezoo=3.0)
+    left_out = cell_of("vit", "224x224", skipped="too slow")
+    lines = race_table([raced, alone, left_out])[2:]
+    assert lines == ["| bert | 1 x 384 | 100.0 | **5.00x** | 4.00x | 2.00x | 2.50x | 1.25 |"]
+    assert cell_table([raced, left_out, alone])[2:] == [
+        "| bert | 1 x 16 | 100.0 | 3.00x | 3.00 to 3.10 | - |",
+        "| bert | 1 x 384 | 100.0 | 5.00x | 5.00 to 5.10 | 2.50x |",
+        "| vit | 1 x 224x224 | too slow |  |  |  |",
+    ]
 
 
 def test_marks_that_are_missing_are_named() -> None:

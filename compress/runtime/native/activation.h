@@ -2,8 +2,7 @@
 //
 // An activation x * g(x) whose gate has g(-x) = 1 - g(x) differs from max(x, 0) by a bump h(|x|) = |x| * g(-|x|) that is
 // even and soon zero. h is a table of polynomials: SEGMENTS pieces of equal width on [0, END], each through the
-// Chebyshev points of its piece in double precision, looked up by register permutation. Absolute error below 1e-7 with
-// FINE polynomials; with COARSE ones, for results that become levels, below 1e-5.
+// Chebyshev points of its piece in double precision, looked up by register permutation. Absolute error below 1e-7.
 #pragma once
 
 #include <cmath>
@@ -14,14 +13,13 @@ namespace sq {
 
 enum Activation { NONE = 0, RELU = 1, GELU = 2, GELU_TANH = 3 };
 
-constexpr int SEGMENTS = 16, FINE = 5, COARSE = 3;
+constexpr int SEGMENTS = 16, DEGREE = 5;
 constexpr double END = 6.0;  // GELU(-6) = -6e-9
 
-template <int DEGREE>
-struct Polynomials {
+struct Bump {
     alignas(64) float coefficient[DEGREE + 1][SEGMENTS];
 
-    explicit Polynomials(int activation) {
+    explicit Bump(int activation) {
         const double pi = std::acos(-1.0), width = END / SEGMENTS;
         for (int segment = 0; segment < SEGMENTS; ++segment) {
             double point[DEGREE + 1], newton[DEGREE + 1], power[DEGREE + 1] = {};
@@ -47,24 +45,14 @@ struct Polynomials {
     }
 };
 
-struct Bump {
-    Polynomials<FINE> fine;
-    Polynomials<COARSE> coarse;
-
-    explicit Bump(int activation) : fine(activation), coarse(activation) {}
-};
-
 // The kind is a template argument of the kernels, so that nothing is decided inside their loops.
-template <int ACTIVATION, int DEGREE>
+template <int ACTIVATION>
 struct Activate {
     __m512 c[DEGREE + 1];
 
     explicit Activate(const Bump* bump) {
         if constexpr (ACTIVATION >= GELU)
-            for (int k = 0; k <= DEGREE; ++k) {
-                if constexpr (DEGREE == FINE) c[k] = _mm512_load_ps(bump->fine.coefficient[k]);
-                if constexpr (DEGREE == COARSE) c[k] = _mm512_load_ps(bump->coarse.coefficient[k]);
-            }
+            for (int k = 0; k <= DEGREE; ++k) c[k] = _mm512_load_ps(bump->coefficient[k]);
     }
 
     SQ_INLINE __m512 operator()(__m512 x) const {

@@ -25,6 +25,7 @@ from .kernels import c_map_levels, mask_record, norm_record
 from .library import CBlock, CMapLevels, c_levels, load
 from .map_levels import MapReader
 
+_WITHOUT_EFFECT = ("use_cache", "return_dict")  # on an encoder block; some models pass them on
 # Implementations of transformers that compute what the kernel computes; ours does, with or without quantizers.
 _PLAIN_ATTENTION = ("sdpa", "eager", IMPLEMENTATION)
 _MOST_KEYS = 65_536  # 255 * 128 * 65,536 is the largest sum of a quantized map's row that an int32 holds
@@ -139,7 +140,7 @@ class FusedForward:
         names = self._names
         x, mask = args[0] if args else kwargs.get(names[0]), None
         for name, value in (*zip(names[1:], args[1:]), *kwargs.items()):
-            if value is None or value is False or name == names[0]:
+            if value is None or value is False or name == names[0] or name in _WITHOUT_EFFECT:
                 continue
             if name != self.mask:
                 return x, None, False

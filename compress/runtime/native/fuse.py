@@ -26,23 +26,25 @@ def fuse_blocks_(model: nn.Module, sites: Sites, bfloat16: bool = True) -> tuple
     To be called on a model in evaluation mode whose GEMMs have been replaced. ``bfloat16``: see :class:`FusedForward`.
     Names of the blocks that were changed.
     """
-    form = sites.adapter.form
-    if form is None or not available()[0]:
+    if not sites.adapter.forms or not available()[0]:
         return ()
     fused: list[str] = []
     trusted: dict[tuple[object, ...], bool] = {}
     for block in sites.blocks:
-        forward = _fused_forward(model, sites, block, form)
-        if forward is None:
-            continue
-        forward.bfloat16 = False  # for the trial: with it, inputs of trained blocks fall to neighbouring levels
-        kind = (type(block.module), forward.heads, forward.head_width, forward.scale, *map(_shape, forward.gemms))
-        if kind not in trusted:
-            trusted[kind] = _agrees(forward)
-        if trusted[kind]:
-            forward.bfloat16 = bfloat16
-            block.module.forward = forward
-            fused.append(block.name)
+        for form in sites.adapter.forms:
+            forward = _fused_forward(model, sites, block, form)
+            if forward is None:
+                continue
+            forward.bfloat16 = False  # for the trial: with it, inputs of trained blocks fall to neighbouring levels
+            shapes = (forward.heads, forward.head_width, forward.scale, *map(_shape, forward.gemms))
+            kind = (form, type(block.module), *shapes)
+            if kind not in trusted:
+                trusted[kind] = _agrees(forward)
+            if trusted[kind]:
+                forward.bfloat16 = bfloat16
+                block.module.forward = forward
+                fused.append(block.name)
+                break
     return tuple(fused)
 
 
@@ -120,7 +122,7 @@ def _agrees(forward: FusedForward) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, _TRIAL_TOKENS, forward.gemms[0].in_features, generator=generator)
     mask = torch.randn(2, 1, _TRIAL_TOKENS, _TRIAL_TOKENS, generator=generator)
-    for given in ({}, {forward.mask: mask}):
+    for given in ({forward.mask: None}, {forward.mask: mask}):
         try:
             expected = forward.own((x,), given)
         except (TypeError, ValueError, RuntimeError):

@@ -34,7 +34,7 @@ SQ_INLINE __m256i bfloat16(__m512 x) {
 // Rows row..end of the 64 outputs from `output` on.
 template <int ACTIVATION, Emit::As AS>
 void piece(const Call& call, int64_t row, int64_t end, int64_t output) {
-    const Activate<ACTIVATION, AS == Emit::LEVELS ? COARSE : FINE> activate(call.bump);
+    const Activate<ACTIVATION> activate(call.bump);
     const Quantizer quantize(call.emit.levels);
     const Gemm& gemm = call.gemm;
     const Form form = form_of(gemm.inputs, gemm.span);
