@@ -21,6 +21,7 @@ from ..quantizers import InputQuantization
 from .int8_gemm import Activation, Int8Gemm
 from .int8_linear import Int8Linear, Int8Slice, SharedInput
 from .levels import Levels, to_levels
+from .native.attention_route import route_attention_
 from .native.fuse import fuse_blocks_
 from .reference import QuantizedGemm, planned_gemms
 
@@ -89,9 +90,9 @@ def use_int8_(
         sites: of this very model, found before.
         gemms: by module name; block GEMMs and ``sites.final``, all or some of them.
         fuse_blocks: run whole encoder blocks as one native call, where native kernels and the adapter's form allow it.
-        bfloat16_attention: such blocks round Q, K, V and P to bfloat16 where the CPU has AVX512_BF16, which doubles the
-            speed of their attention (whose output is rounded to int8 levels right after; scores and sums stay float32).
-            False: exact in float32.
+        bfloat16_attention: attention rounds Q, K, V and P to bfloat16 where the CPU has AVX512_BF16, which doubles its
+            speed (its output is rounded to int8 levels right after; scores and sums stay float32): in such blocks, and
+            in other blocks of transformers models (`route_attention_`). False: exact in float32.
 
     Raises:
         ValueError: see :func:`planned_gemms`. Nothing has been changed then.
@@ -122,6 +123,8 @@ def use_int8_(
         setattr(model.get_submodule(parent), child, module)
     model.eval()
     blocks = fuse_blocks_(model, sites, bfloat16_attention) if fuse_blocks and pairs else ()
+    if bfloat16_attention and pairs and len(blocks) < len(sites.blocks):
+        route_attention_(model)
     return Int8Report(
         single=tuple(gemm.name for gemm in single),
         shared=tuple(tuple(gemm.name for gemm in group) for group in shared),

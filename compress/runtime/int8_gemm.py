@@ -31,6 +31,7 @@ from torch import Tensor
 from ..quantizers import InputQuantization
 from . import native
 from .levels import SIGN, Levels, check_finite, to_levels
+from .native.attention_route import register_attention
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 Kernel = Literal["plain", "packed", "native", "dense"]
@@ -108,6 +109,7 @@ class Int8Gemm:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._prepare()
+        register_attention()  # the model that this comes with may name it
 
     def candidates(self) -> tuple[Kernel, ...]:
         """The kernels that run this matrix on this machine."""

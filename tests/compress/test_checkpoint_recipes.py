@@ -184,7 +184,7 @@ def test_attention_maps_come_back_and_dense_leaves_them_out(tmp_path: Path) -> N
         assert ours.export() == theirs.export()
     dense = load(tmp_path / "c", backend="dense")
     assert not any("attention_map" in key for key, _ in dense.named_modules())
-    assert not any(module._forward_pre_hooks for module in dense.modules())
+    assert not any(module._forward_pre_hooks for module in dense.modules() if module is not dense)  # a length limit
 
 
 def test_maps_that_were_not_activated_are_not_saved(tmp_path: Path) -> None:

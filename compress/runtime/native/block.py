@@ -21,13 +21,14 @@ from ...attention_map import ATTENTION_MAP
 from ...attention_transformers import IMPLEMENTATION
 from ..int8_gemm import Int8Gemm
 from ..levels import MapLevels, not_finite
+from .attention_route import NATIVE_ATTENTION
 from .kernels import c_map_levels, mask_record, norm_record
 from .library import CBlock, CMapLevels, c_levels, load
 from .map_levels import MapReader
 
 _WITHOUT_EFFECT = ("use_cache", "return_dict")  # on an encoder block; some models pass them on
 # Implementations of transformers that compute what the kernel computes; ours does, with or without quantizers.
-_PLAIN_ATTENTION = ("sdpa", "eager", IMPLEMENTATION)
+_PLAIN_ATTENTION = ("sdpa", "eager", IMPLEMENTATION, NATIVE_ATTENTION)
 _MOST_KEYS = 65_536  # 255 * 128 * 65,536 is the largest sum of a quantized map's row that an int32 holds
 
 
