@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: install quickstart test test-slow test-extras peers bench-cpu bench-gpu tables lint format clean
+.PHONY: install quickstart test test-slow test-gpu test-extras peers bench-cpu bench-gpu tables lint format clean
 
 install: $(STAMP)
 
@@ -32,6 +32,10 @@ $(VENV)/.smollm2: $(STAMP)
 
 test-slow: $(VENV)/.minilm $(VENV)/.smollm2
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow
+
+# On a GPU of compute capability 8.0 or higher; Triton compiles many variants.
+test-gpu: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m gpu -n 8 tests/gpu tests/test_bench.py
 
 # fairseq and megatron-core in an environment of their own. fairseq is compiled (minutes) without build isolation, which
 # would fetch a CUDA build of torch to compile against.

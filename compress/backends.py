@@ -36,7 +36,8 @@ def resolve_backend(backend: Backend, device: str, plan: Plan, recipe: str) -> R
         try:
             cuda_capability(device)
         except CudaError as error:
-            if backend == "cuda" or not torch.cuda.is_available():
+            absent = (torch.device(device).index or 0) >= torch.cuda.device_count()
+            if backend == "cuda" or absent:
                 raise CheckpointError(str(error)) from error
             if backend == "auto":
                 _say_slower(str(error))

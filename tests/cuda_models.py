@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 
 import tiny
 import torch
 from gemms import quantize
+from squeezed import pruned
+from squeezoo.compress.attention_map import activate_attention_
+from squeezoo.compress.checkpoint import save_checkpoint
 from squeezoo.compress.masks import Pattern, nm_mask
+from squeezoo.compress.plan import make_plan
+from squeezoo.compress.recipe import Recipe
 from squeezoo.compress.runtime import QuantizedGemm, use_reference_
 from squeezoo.models import all_adapters
 from squeezoo.models.adapter import Sites, find_sites
 from squeezoo.models.dense import logits
 from torch import Tensor, nn
+
+DEVICE = "cuda"  # of the tests in tests/gpu
 
 
 def two_of_four(gemm: QuantizedGemm) -> QuantizedGemm:
@@ -44,3 +53,16 @@ def pruned_model(name: str) -> tuple[nn.Module, Sites, dict[str, QuantizedGemm],
     model, gemms, expected = _made(name)
     model = copy.deepcopy(model)
     return model, sites_of(model, name), dict(gemms), expected
+
+
+def saved(name: str, recipe: Recipe, folder: Path) -> Path:
+    """A checkpoint of a tiny model, pruned and calibrated but not trained, its attention maps switched on."""
+    model = pruned(name, recipe)
+    activate_attention_(model)
+    plan = make_plan(tiny.ALL[name](), recipe)
+    return save_checkpoint(model, plan, recipe, folder, name=name, base={"name": "tiny", "revision": None})
+
+
+def moved(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch on the GPU."""
+    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}

@@ -1,7 +1,8 @@
 """The N:M attention kernel against the reference vector, the slow definition and ``sparse_attention``.
 
-Runs twice: in Triton's interpreter on the CPU (tests/compress/test_nm_attention.py starts it), and on a GPU
-(tests/gpu). Inputs are small multiples of 1/4, so that scores are exact in any order of summation, and ties occur.
+Runs twice: in Triton's interpreter on the CPU (tests/compress/test_nm_attention.py starts it, in a process of its own),
+and on a GPU (tests/gpu takes the cases over). Both may run in one session.
+Inputs are small multiples of 1/4, so that scores are exact in any order of summation, and ties occur.
 Legend: B batch, H heads, G groups of heads, Q queries, K keys, D head dimension, E value dimension.
 """
 

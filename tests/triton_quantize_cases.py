@@ -1,7 +1,8 @@
 """The Triton kernels around integer GEMMs against their plain forms, and against the reference's rounding.
 
-Runs twice: in Triton's interpreter on the CPU (tests/compress/test_nm_attention.py starts it), and on a GPU
-(tests/gpu). Legend: T rows, I in_features, O out_features, D width.
+Runs twice: in Triton's interpreter on the CPU (tests/compress/test_nm_attention.py starts it, in a process of its own),
+and on a GPU (tests/gpu takes the cases over). Both may run in one session.
+Legend: T rows, I in_features, O out_features, D width.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ def plain(function: Any, *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
 
+def divided(x: Tensor, levels: Int8Levels) -> Tensor:
+    """Levels by PyTorch on the CPU: on a GPU it multiplies by the reciprocal of a number instead of dividing by it."""
+    return plain(quantize, x.cpu(), levels).to(DEVICE)
+
+
 def test_the_kernels_are_taken_here() -> None:
     assert triton_quantize.fused_kernels(numbers(1))
 
@@ -74,7 +80,7 @@ def test_levels_are_those_of_the_reference(name: str, dtype: torch.dtype) -> Non
 def test_a_strided_and_an_empty_input() -> None:
     levels = static(INPUTS["lsq"])
     wide = numbers(6, 40)
-    assert torch.equal(quantize(wide[:, ::2], levels), plain(quantize, wide[:, ::2].contiguous(), levels))
+    assert torch.equal(quantize(wide[:, ::2], levels), divided(wide[:, ::2].contiguous(), levels))
     assert quantize(wide[:0], levels).shape == (0, 40)
     assert quantize_rows(wide[:0])[1].shape == (0,)
 
@@ -141,9 +147,11 @@ def test_layer_norm_writes_levels_beside_its_output(residual: bool, dtype: torch
     expected_TD, _ = plain(layer_norm, x_TD, other, w_D, b_D, 1e-5, levels)
     step = torch.finfo(dtype).eps
     wide = 3 if dtype == torch.bfloat16 and DEVICE == "cpu" else 1
-    torch.testing.assert_close(y_TD.float(), expected_TD.float(), rtol=wide * step, atol=wide * max(step, 1e-6) * 4)
+    # float32 on a GPU: square root and division of the compiler's fast kind, and another order of summation.
+    rtol, atol = wide * max(step, 1e-6), wide * max(step, 1e-6) * 4
+    torch.testing.assert_close(y_TD.float(), expected_TD.float(), rtol=rtol, atol=atol)
     assert level_TD is not None
-    assert torch.equal(level_TD, plain(quantize, y_TD, levels))
+    assert torch.equal(level_TD, divided(y_TD, levels))
     bare, none = layer_norm(x_TD, None, None, None, 1e-5, None)
     assert none is None
     assert float((bare.float().mean(1)).abs().max()) < 0.05
@@ -159,7 +167,7 @@ def test_a_norm_learns_whose_levels_to_write() -> None:
         y = norm(x)
         waiting = waiting_levels(y, levels)
         assert waiting is not None
-        assert torch.equal(waiting, plain(quantize, y.reshape(-1, 20), levels))
+        assert torch.equal(waiting, divided(y.reshape(-1, 20), levels))
         assert waiting_levels(y, static(INPUTS["lsq4"])) is None
         y += 1
         assert waiting_levels(y, levels) is None

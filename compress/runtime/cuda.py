@@ -103,6 +103,7 @@ def use_cuda_(
     counts: dict[str, int] = {}
     for runtime in runtime_modules(model):
         counts[_first(runtime)] = counts.get(_first(runtime), 0) + 1
+        runtime.gemm.prepare_((_first(runtime),))
     return CudaReport(
         single=tuple(gemm.name for gemm in single),
         shared=tuple(tuple(gemm.name for gemm in group) for group in shared),
@@ -141,15 +142,20 @@ def _force_(modules: Collection[nn.Module], backend: CudaBackend) -> None:
 
 
 def _cast_(model: nn.Module, options: CudaOptions) -> None:
-    """What is left of the model to the dtype and the device; tables of int8 keep their scales in float32."""
-    model.to(options.device)
+    """What is left of the model to the dtype and the device; tied parameters stay one, and tables of int8 keep their
+    scales in float32."""
+    cast: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_floating_point():
-                module._parameters[name] = nn.Parameter(parameter.data.to(options.dtype), requires_grad=False)
+                if parameter not in cast:
+                    there = parameter.data.to(options.device, options.dtype)
+                    cast[parameter] = nn.Parameter(there, requires_grad=False)
+                module._parameters[name] = cast[parameter]
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point() and name != "scale_R":
                 module._buffers[name] = buffer.to(options.dtype)
+    model.to(options.device)
 
 
 def _float_gemms(

@@ -33,7 +33,8 @@ from .triton_quantize import activated, finish, quantize, quantize_rows, rounded
 
 
 class CudaGemm:
-    """One weight matrix on a device. The neutral form stays in host memory; layouts are made when first used.
+    """One weight matrix on a device. The neutral form stays in host memory; layouts are made by ``prepare_``, or when
+    first used, which neither ``torch.compile`` nor the capture of a CUDA graph can do.
 
     Args:
         source: the matrix, in host memory.
@@ -234,7 +235,7 @@ class CudaGemm:
         if found is not None or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
             return found or DEFAULT_ALGORITHM
         times = -(-rows // x_TI.shape[0])
-        example_TI = x_TI.view(torch.int8).repeat(times, 1)[:rows].view(x_TI.dtype)
+        example_TI = x_TI.contiguous().view(torch.int8).repeat(times, 1)[:rows].view(x_TI.dtype)
         found = search(layout, example_TI, alpha_O, bias_O, out_dtype=out_dtype)
         self.options.algorithms[key] = found
         return found

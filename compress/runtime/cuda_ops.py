@@ -64,13 +64,14 @@ def search(
     wanted = None if out_dtype == x_TI.dtype else out_dtype
     newer = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
     try:
-        if newer is not None:
-            algorithm, split_k, mode, _ = newer(layout.weight, columns_IT, bias_O, alpha_O, wanted, True)
-            return int(algorithm), int(split_k), int(mode)
-        found = torch._cslt_sparse_mm_search(
-            layout.weight, columns_IT, bias=bias_O, alpha=alpha_O, out_dtype=wanted, transpose_result=True
-        )
-        return int(found), 1, -1
+        with torch.cuda.device(x_TI.device):  # the newer function does not choose the device itself
+            if newer is not None:
+                algorithm, split_k, mode, _ = newer(layout.weight, columns_IT, bias_O, alpha_O, wanted, True)
+                return int(algorithm), int(split_k), int(mode)
+            found = torch._cslt_sparse_mm_search(
+                layout.weight, columns_IT, bias=bias_O, alpha=alpha_O, out_dtype=wanted, transpose_result=True
+            )
+            return int(found), 1, -1
     except (RuntimeError, TypeError):
         return DEFAULT_ALGORITHM
 
@@ -95,6 +96,22 @@ def sparse_mm_operator() -> Any:
     return torch.ops.squeezoo.sparse_mm.default
 
 
+def product_on_gpu(
+    x_TI: Tensor, compressed: Tensor, alpha_O: Tensor | None, bias_O: Tensor | None, out_dtype: torch.dtype | None,
+    algorithm: Algorithm,
+) -> Tensor:  # fmt: skip
+    """What the operator is on CUDA. An algorithm was searched at about this number of rows, and cuSPARSELt does not
+    promise that it takes this very one: then its default one does."""
+    # The dense factor must be column-major for 8-bit numbers; the result is written transposed, as [T, O].
+    columns_IT = x_TI.contiguous().t()
+    try:
+        return torch._cslt_sparse_mm(compressed, columns_IT, bias_O, alpha_O, out_dtype, True, *algorithm)
+    except RuntimeError:
+        if algorithm == DEFAULT_ALGORITHM:
+            raise
+    return torch._cslt_sparse_mm(compressed, columns_IT, bias_O, alpha_O, out_dtype, True, *DEFAULT_ALGORITHM)
+
+
 @cache
 def _register() -> None:
     @torch.library.custom_op("squeezoo::sparse_mm", mutates_args=(), device_types="cuda")
@@ -102,9 +119,8 @@ def _register() -> None:
         x_TI: Tensor, compressed: Tensor, alpha_O: Tensor | None, bias_O: Tensor | None, features: int,
         out_dtype: torch.dtype | None, alg_id: int, split_k: int, split_k_mode: int,
     ) -> Tensor:  # fmt: skip
-        # The dense factor must be column-major for 8-bit numbers; the result is written transposed, as [T, O].
-        return torch._cslt_sparse_mm(
-            compressed, x_TI.contiguous().t(), bias_O, alpha_O, out_dtype, True, alg_id, split_k, split_k_mode
+        return product_on_gpu(
+            x_TI, compressed, alpha_O, bias_O, out_dtype, (int(alg_id), int(split_k), int(split_k_mode))
         )
 
     @operator.register_kernel("cpu")

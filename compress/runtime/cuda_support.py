@@ -119,14 +119,16 @@ def works(backend: CudaBackend, dtype: torch.dtype, device: str = "cuda") -> tup
 @cache
 def fused_scales(dtype: torch.dtype, device: str = "cuda") -> tuple[bool, bool]:
     """Whether cuSPARSELt scales int8 sums per output channel into ``dtype``, and adds a float32 bias as well. By doing:
-    the type that it expects of an int8 GEMM's bias is not documented."""
+    the type that it expects of an int8 GEMM's bias is not documented. The sums reach past float16's largest number, the
+    scaled ones do not, so a kernel that rounds before it scales is found out."""
     from .cuda_layout import built
     from .cuda_ops import multiply
 
     generator = torch.Generator().manual_seed(0)
-    weight_OI = torch.randint(-8, 9, (64, 64), generator=generator) * torch.tensor([0, 1, 1, 0]).repeat(16)
-    x_TI = torch.randint(-8, 9, (32, 64), generator=generator)
-    alpha_O = 2.0 ** torch.randint(-6, -2, (64,), generator=generator)
+    weight_OI = torch.randint(-127, 128, (64, 64), generator=generator) * torch.tensor([0, 1, 1, 0]).repeat(16)
+    x_TI = torch.randint(-127, 128, (32, 64), generator=generator)
+    x_TI[0] = weight_OI[0]  # a sum of squares: 182,273
+    alpha_O = 2.0 ** torch.randint(-9, -5, (64,), generator=generator)
     bias_O = torch.randint(-9, 10, (64,), generator=generator).float()
     layout = built("sparse_int8", weight_OI.to(torch.int8), device)
     level_TI = x_TI.to(torch.int8).to(device)

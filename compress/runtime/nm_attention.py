@@ -9,6 +9,7 @@ queries, K keys, D head dimension, E value dimension.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cache
 from typing import Any, Literal
 
@@ -57,7 +58,7 @@ def nm_attention(
             key cache).
         first_key: absolute index of key 0, for a cache that has dropped its oldest keys.
         kernel: ``auto`` takes Triton where `nm_attention_supported` says so and no gradient is asked for, else the
-            reference.
+            reference, which also computes groups and heads that are too large for the device's shared memory.
 
     Returns:
         [B, H, Q, E] in the dtype of the values. A row without a valid key is 0.
@@ -149,10 +150,15 @@ def _register() -> None:
         renormalize: bool, shift: int,
     ) -> Tensor:  # fmt: skip
         out_BHQE = _output(q, v)
-        if out_BHQE.numel() and k.shape[2]:
-            _launch(q, k, v, mask, n, m, scale, causal, renormalize, shift, out_BHQE)
-        else:
-            out_BHQE.zero_()
+        if not out_BHQE.numel() or not k.shape[2]:
+            return out_BHQE.zero_()
+        if not _launch(q, k, v, mask, n, m, scale, causal, renormalize, shift, out_BHQE):
+            both = _with_causal(mask, q.shape[2], k.shape[2], q.device) if causal else mask
+            found, _ = sparse_attention(
+                q, k, v, pattern=Pattern(n, m), mask=both, scale=scale, renormalize=renormalize, first_key=shift,
+                need_probs=False,
+            )  # fmt: skip
+            out_BHQE.copy_(found)
         return out_BHQE
 
     @operator.register_fake
@@ -172,7 +178,10 @@ def _output(q_BHQD: Tensor, v_BGKE: Tensor) -> Tensor:
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, n: int, m: int, scale: float, causal: bool, renormalize: bool,
     shift: int, out: Tensor,
-) -> None:  # fmt: skip
+) -> bool:  # fmt: skip
+    """False, and nothing done, where a tile is larger than the device's shared memory: large groups of wide heads."""
+    from triton.runtime.errors import OutOfResources
+
     from . import nm_attention_kernel as kernels
 
     batch, heads, queries, width = q.shape
@@ -189,7 +198,8 @@ def _launch(
     spacious = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
     block = _blocks(m, max(width, value_width), q.dtype, spacious)
     kernel = kernels.nm_attention_small if m <= 8 else kernels.nm_attention_large
-    with torch.cuda.device(q.device if q.is_cuda else -1):  # Triton launches on the current device
+    # Triton launches on the current device
+    with torch.cuda.device(q.device if q.is_cuda else -1), suppress(OutOfResources):
         kernel[(-(-queries // block["BLOCK_Q"]) * batch * heads,)](
             q, k, v, q if mask is None else mask, out,
             *q.stride(), *k.stride(), *v.stride(), *strides, *out.stride(),
@@ -198,16 +208,21 @@ def _launch(
             RENORMALIZE=renormalize, PRECISION="ieee", WIDEN=interpreting(), BLOCK_D=_power(width),
             BLOCK_E=_power(value_width), **block,
         )  # fmt: skip
+        return True
+    return False
 
 
 def _blocks(m: int, width: int, dtype: torch.dtype, spacious: bool) -> dict[str, int]:
     """Tile sizes, and how many warps work on one. Chosen so that the compiler's report for sm_80 and sm_90
-    (``spacious``) shows at most a few spilled registers at head dimensions 64 and 128; not tuned by time yet."""
+    (``spacious``) shows at most a few spilled registers at head dimensions 64 and 128; not tuned by time yet. Wide
+    float32 heads load one tile at a time: two of M = 8 would take more shared memory than any GPU has (306 KB at 256).
+    """
+    stages = 1 if dtype == torch.float32 and width > 64 else 2
     if m <= 8:
         small = dtype == torch.float32 or (width > 64 and not spacious)
-        return {"BLOCK_Q": 32 if small else 64, "BLOCK_G": 16, "num_warps": 8 if m == 8 else 4, "num_stages": 2}
+        return {"BLOCK_Q": 32 if small else 64, "BLOCK_G": 16, "num_warps": 8 if m == 8 else 4, "num_stages": stages}
     keys = max(64, m)
-    return {"BLOCK_Q": 64 if keys == 64 else 16, "BLOCK_G": keys // m, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_Q": 64 if keys == 64 else 16, "BLOCK_G": keys // m, "num_warps": 4, "num_stages": stages}
 
 
 def _power(width: int) -> int:
