@@ -247,6 +247,7 @@ def test_an_old_gpu_takes_the_reference(monkeypatch: pytest.MonkeyPatch, tmp_pat
     """Capability 7.5: ``auto`` falls back, asking for it is an error that says what is needed."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Old GPU")
     with pytest.raises(CudaError, match=r"Old GPU has compute capability 7\.5, the CUDA runtime needs 8\.0"):
@@ -260,6 +261,8 @@ def test_an_old_gpu_takes_the_reference(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert resolve_backend("dense", "cuda", *how) == "dense"
     with pytest.raises(CheckpointError, match="Old GPU"):
         resolve_backend("cuda", "cuda", *how)
+    with pytest.raises(CheckpointError, match="expected a device below cuda:1, found cuda:1"):
+        resolve_backend("auto", "cuda:1", *how)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert resolve_backend("auto", "cuda", *how) == "cuda"
     assert cuda_capability("cuda") == (8, 0)
