@@ -109,7 +109,9 @@ def _measure(job: Job) -> dict[str, Any]:
     fold_(model)
     ppl = _perplexity(model, test, job.window) if test else None
     memory["peak_evaluation"] = _memory("VmHWM")
-    return {"method": job.method, "seconds": seconds, "perplexity": ppl, "memory_mib": memory, "job": asdict(job)}
+    told = {name: value for name, value in asdict(job).items() if name != "data_dir"}  # a path of one machine
+    told["model"] = Path(job.model).name
+    return {"method": job.method, "seconds": seconds, "perplexity": ppl, "memory_mib": memory, "job": told}
 
 
 def calibration_windows(ids: Sequence[int], job: Job) -> list[list[int]]:

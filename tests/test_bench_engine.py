@@ -98,6 +98,7 @@ def test_the_record_is_written_and_shown(language_model, tmp_path):
         batch=2, sequence=8, oneshot={"rows": 2, "length": 16, "test_tokens": 32, "window": 16},
     )  # fmt: skip
     assert json.loads(out.read_text()) == record
+    assert str(language_model) not in out.read_text()  # no path of one machine
     table = engine_table(record)
     assert table.count("met: ") + table.count("MISSED: ") == sum(len(p["targets"]) for p in record["parts"].values())
     assert "| magnitude |" in table
