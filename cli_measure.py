@@ -55,11 +55,13 @@ def eval_(
     Example: squeezoo eval runs/minilm-l6.mrpc.dense --task glue/mrpc --data-dir DATA
     """
     from . import measure_tables
+    from .eval.allocator import keep_freed_memory
     from .eval.fit import tasks_for
     from .eval.results import atomic_write_json
     from .eval.run import evaluate
     from .pipeline import load_any
 
+    keep_freed_memory()
     settings = _pairs(set_, "--set", "VALUE")
     loaded = load_any(model, backend.value)
     how: dict[str, Any] = dict(
