@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .bench_engine import Say
-from .bench_models import MODELS, RECIPE, samples_of
+from .bench_models import MODELS, samples_of
 from .compress.engine import compress
-from .compress.recipe import Recipe
 from .compress.train_data import TrainData
 from .eval.loading import DENSE_LOADER, measure_loading
 from .models.dense import save_dense
@@ -34,7 +33,7 @@ def loading_part(model: str, threads: int, say: Say = lambda _: None, repeats: i
         save_dense(dense, None, sources[0])
         compress(
             dense,
-            Recipe.parse(RECIPE, where="the benchmark's recipe"),
+            MODELS[model].recipe,
             TrainData([sample], lambda features: dict(features[0])),
             sources[1],
         )
