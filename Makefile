@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 
 install: $(STAMP)
 
-# torch first and constrained: otherwise another package's requirement pulls gigabytes of CUDA libraries.
+# Constrained: no other package's requirement replaces a CPU build of torch that is there by gigabytes of CUDA libraries.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval,gguf]'
