@@ -38,6 +38,7 @@ class CompressedWeight(nn.Module):
         self.transposed = planned.layout == "in_out"
         self.sparsity = None if planned.sparsity is None else parse_sparsity(planned.sparsity)
         self.pattern, self.unstructured, self.parts = planned.pattern, planned.unstructured, planned.parts
+        self.block = planned.block  # None outside the blocks
         mask = None if planned.sparsity is None else torch.ones(planned.shape, dtype=torch.bool, device=device)
         self.register_buffer("mask_OI", mask)
         # (quantized, latent, mask) -> weight: how a training policy applies the mask; None multiplies.

@@ -11,7 +11,6 @@ instead of loading random weights. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -43,6 +42,7 @@ from .runtime.lengths import limit_length_
 from .runtime.nm_attention import use_nm_attention_
 from .runtime.selection import select_kernels_
 from .upgrade import FORMAT_VERSION, upgraded
+from .versions import library_versions
 
 MANIFEST, WEIGHTS, GOLDEN = "squeezoo.json", "weights.safetensors", "golden.safetensors"
 
@@ -190,6 +190,7 @@ def load(
     backend: Backend = "auto",
     check: bool = True,
     attention: Attention = "auto",
+    check_finite: bool = False,
 ) -> nn.Module:
     """The model of a checkpoint, ready for inference: a normal transformers / timm module in evaluation mode.
 
@@ -205,6 +206,8 @@ def load(
         attention: with ``int8``, ``auto`` lets fused blocks multiply in bfloat16 where the CPU does, as GPUs and other
             CPU engines do: its rounding moves some int8 inputs by one level, so single predictions differ from the
             reference's as those of another rounding would; ``float32`` keeps to the reference's.
+        check_finite: with ``cuda``, refuse NaN and infinity in the input of any GEMM as ``int8`` always does, by a
+            ValueError that names it; every GEMM then waits for the device. Without it the results are NaN.
 
     Raises:
         CheckpointError: damaged files, or a backend that cannot run here.
@@ -216,7 +219,7 @@ def load(
     resolved = resolve_backend(backend, device, manifest.plan, manifest.recipe.name)
     if attention not in ("auto", "float32"):
         raise CheckpointError(f"unknown attention {attention!r}; allowed: auto, float32")
-    model = assemble(manifest.model, tensors, manifest.plan, resolved, device, attention).to(device)
+    model = assemble(manifest.model, tensors, manifest.plan, resolved, device, attention, check_finite).to(device)
     if backend == "auto":
         select_kernels_(model)
     limit_length_(model)
@@ -237,11 +240,12 @@ def assemble(
     backend: Resolved,
     device: str = "cpu",
     attention: Attention = "auto",
+    check_finite: bool = False,
 ) -> nn.Module:
     """Build the module tree and fill it with the packed tensors.
 
     ``dense`` leaves out everything that is not plain weights: rounded inputs and N:M attention maps. ``device`` is
-    where ``cuda`` puts the model. ``attention``: see `load`.
+    where ``cuda`` puts the model. ``attention``, ``check_finite``: see `load`.
 
     Raises:
         PackError: tensors that contradict the plan. CheckpointError: tensors that the model lacks or does not know.
@@ -255,7 +259,8 @@ def assemble(
         return model.eval()
     if sites is not None and backend == "cuda":
         pruned = [gemm.name for gemm in plan.gemms if gemm.sparsity and gemm.name not in unpacked.gemms]
-        use_cuda_(model, sites, unpacked.gemms, sparse=pruned, options=CudaOptions(device=device))
+        options = CudaOptions(device=device, check_finite=check_finite)
+        use_cuda_(model, sites, unpacked.gemms, sparse=pruned, options=options)
     elif sites is not None:
         use_int8_(model, sites, unpacked.gemms, bfloat16_attention=attention == "auto")
         use_int8_embeddings_(model, unpacked.tables)
@@ -287,14 +292,3 @@ def _fill_(model: nn.Module, state: Mapping[str, Tensor], replaced: Collection[s
 def relative_distance(output: Tensor, golden: Tensor) -> float:
     """Largest difference relative to the largest golden value."""
     return float((output - golden).abs().amax() / golden.abs().amax().clamp_min(1e-12))
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide what a checkpoint computes."""
-    versions = {}
-    for name in ("squeezoo", "torch", "transformers", "timm", "safetensors", "numpy"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from .train_data import EpochSampler, Rows, TrainData
 __all__ = ["LOG", "Batch", "EpochSampler", "TrainData", "finetune_", "last_complete_checkpoint"]
 
 LOG = "log.jsonl"
+Evaluate = Callable[[nn.Module], Mapping[str, Any]]
 SGD_MOMENTUM = 0.9  # of ``optimizer: sgd``; the sources that train with SGD do not state theirs
 
 
@@ -47,7 +48,8 @@ def finetune_(
     device: str = "cpu",
     save_seconds: float = 120.0,
     title: str = "finetune",
-    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Train ``student`` in place for one stage; resumes from the last complete checkpoint in ``folder``.
 
@@ -56,7 +58,8 @@ def finetune_(
 
     Args:
         evaluate: called at the end of each epoch and of the stage with the student in evaluation mode and pruned as it
-            would be if training ended there; it must leave the student as it is. Its numbers go to the log.
+            would be if training ended there; it must leave the student as it is. What it returns goes to the log.
+        say: receives one line per evaluation.
 
     Returns:
         ``steps``; ``seconds`` of this call and ``resumed_at``, the step it began at; ``loss``, mean of the last tenth;
@@ -72,9 +75,9 @@ def finetune_(
     from .progress import StageHooks, TrainingProgress
 
     set_seed(seed)
-    samples, world = len(data.features), int(os.environ.get("WORLD_SIZE", "1"))
-    steps_per_epoch = math.ceil(math.ceil(samples / stage.batch_size) / world)
-    policy = make_policy(student, stage, _stated_steps(stage, steps_per_epoch), steps_per_epoch, samples)
+    samples = len(data.features)
+    total, steps_per_epoch = stage_steps(stage, samples)
+    policy = make_policy(student, stage, total, steps_per_epoch, samples)
     dropout = None if stage.dropout is None else ScheduledDropout(student, stage.dropout)
     objective = Objective(student, stage, teacher, data.augment, seed)
     objective.policy = policy  # its buffers go into every checkpoint
@@ -82,12 +85,16 @@ def finetune_(
         teacher.to(device)
     progress = TrainingProgress(title, policy.total, save_seconds)
     journal = Journal(folder / LOG, writes=int(os.environ.get("RANK", "0")) == 0)
-    hooks = StageHooks(student, policy, dropout, journal, steps_per_epoch, evaluate)
+    hooks = StageHooks(
+        objective, policy, dropout, journal, steps_per_epoch, evaluate, lambda text: say(f"{title}: {text}")
+    )
     cached = isinstance(teacher, TeacherCache)
+    sampler = EpochSampler(data.lengths(), stage.batch_size, seed)
+    objective.samples_at = sampler.at_step if _world() == 1 else None
     trainer = _trainer(objective, policy, stage, folder, seed, device)(
         train_dataset=Rows(Numbered(data.features) if cached else data.features),
         data_collator=collate_numbered(data.collate) if cached else data.collate,
-        sampler=EpochSampler(data.lengths(), stage.batch_size, seed),
+        sampler=sampler,
         callbacks=[progress, hooks],
     )
     last = last_complete_checkpoint(folder)
@@ -112,10 +119,16 @@ def finetune_(
     }
 
 
-def _stated_steps(stage: Finetune, steps_per_epoch: int) -> int:
+def stage_steps(stage: Finetune, samples: int) -> tuple[int, int]:
+    """Optimizer steps of a stage (0 where its policy knows their number), and those of one epoch."""
+    steps_per_epoch = math.ceil(math.ceil(samples / stage.batch_size) / _world())
     if stage.steps is not None:
-        return stage.steps
-    return 0 if stage.epochs is None else max(1, math.ceil(steps_per_epoch * stage.epochs))
+        return stage.steps, steps_per_epoch
+    return 0 if stage.epochs is None else max(1, math.ceil(steps_per_epoch * stage.epochs)), steps_per_epoch
+
+
+def _world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _trainer(
@@ -155,6 +168,8 @@ def _trainer(
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
             objective.step = self.state.global_step
             loss = super().training_step(*args, **kwargs)
+            if objective.running is not None:
+                objective.running.add_(loss)
             if self.accelerator.sync_gradients:
                 policy.after_backward_()
             return loss
@@ -238,7 +253,7 @@ def _is_complete(path: Path) -> bool:
             tensors.keys()
     except (OSError, ValueError, SafetensorError):
         return False
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = _world()
     random_states = ["rng_state.pth"] if world == 1 else [f"rng_state_{rank}.pth" for rank in range(world)]
     written_last = all((path / name).is_file() for name in ("optimizer.pt", "scheduler.pt", *random_states))
     return written_last and int(state["global_step"]) == int(path.name.split("-")[1])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +63,15 @@ def prune_(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def inherit_masks_(model: nn.Module) -> None:
+def inherit_masks_(model: nn.Module) -> tuple[str, ...]:
     """Set every mask to the non-zeros of its weight, for a model that has been pruned before.
+
+    Under a share of zeros, a matrix outside the blocks that has no zero at all is one that the pruned model did not
+    have (the pooler of a model that was pruned as a masked language model, DistilBERT's ``pre_classifier``): it is new,
+    has nothing to inherit, stays dense and does not count.
+
+    Returns:
+        The names of those that stayed dense.
 
     Raises:
         MaskError: a weight has more non-zeros than its pattern allows; names the GEMM and what was found. For a share
@@ -71,29 +79,46 @@ def inherit_masks_(model: nn.Module) -> None:
             changed then.
     """
     found: list[tuple[Tensor, Tensor]] = []
-    shares: dict[float, list[tuple[str, int, int]]] = {}
+    shares: dict[float, list[_Zeros]] = {}
     for name, module, parametrization in compressed_weights(model):
         mask_OI = parametrization.mask_OI
         if mask_OI is None:
             continue
         kept_OI = latent_OI(module, parametrization) != 0
-        zeros, size = int((~kept_OI).sum()), kept_OI.numel()
         if parametrization.pattern is not None and not check_nm(kept_OI, parametrization.pattern):
             raise MaskError(_too_dense(name, kept_OI, parametrization.pattern))
         if parametrization.unstructured is not None:
-            shares.setdefault(parametrization.unstructured.zeros, []).append((name, zeros, size))
+            row = _Zeros(name, parametrization.block, int((~kept_OI).sum()), kept_OI.numel())
+            shares.setdefault(parametrization.unstructured.zeros, []).append(row)
         found.append((mask_OI, kept_OI))
+    dense: list[str] = []
     for share, matrices in shares.items():
-        zeros, size = sum(row[1] for row in matrices), sum(row[2] for row in matrices)
-        # A threshold per matrix rounds in each of them.
-        if zeros < round(share * size) - len(matrices):
-            name, fewest, of = min(matrices, key=lambda row: row[1] / row[2])
-            raise MaskError(
-                f"expected {share:.4%} zeros to inherit, found {zeros / size:.4%} of {size:,} weights ({name} has the "
-                f"fewest: {fewest / of:.4%}): hand in a pruned model, or prune with `method: magnitude`"
-            )
+        pruned = [row for row in matrices if row.zeros or row.block is not None]
+        _check_share(share, pruned if any(row.zeros for row in pruned) else matrices)
+        dense += [row.name for row in matrices if row not in pruned]
     for mask_OI, kept_OI in found:
         mask_OI.copy_(kept_OI)
+    return tuple(dense)
+
+
+class _Zeros(NamedTuple):
+    """Zeros among the ``size`` weights of one matrix; ``block`` is None outside the blocks."""
+
+    name: str
+    block: int | None
+    zeros: int
+    size: int
+
+
+def _check_share(share: float, matrices: Sequence[_Zeros]) -> None:
+    zeros, size = sum(row.zeros for row in matrices), sum(row.size for row in matrices)
+    # A threshold per matrix rounds in each of them.
+    if zeros < round(share * size) - len(matrices):
+        fewest = min(matrices, key=lambda row: row.zeros / row.size)
+        raise MaskError(
+            f"expected {share:.4%} zeros to inherit, found {zeros / size:.4%} of {size:,} weights ({fewest.name} has "
+            f"the fewest: {fewest.zeros / fewest.size:.4%}): hand in a pruned model, or prune with `method: magnitude`"
+        )
 
 
 def _too_dense(name: str, kept_OI: Tensor, pattern: Pattern) -> str:

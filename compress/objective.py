@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .diagnose import find_fault
 from .distill import Pair, full_precision, hard_loss, mixed_terms
 from .heads import Batch, DistillError
 from .observe import Observed, Observer, available_points, compared_points
 from .patient import patient_terms
+from .running_loss import RunningLoss
 from .stages import Finetune, Patient
 from .teacher_cache import TeacherCache
 
@@ -36,7 +38,9 @@ class Objective(nn.Module):
 
     Attributes:
         step: set before each step; augmentation depends on it and the seed alone.
+        samples_at: the places in the training data of the samples of a step, for messages, or None.
         penalty: an addition to the loss, called at each step, or None.
+        running: of the losses, where the stage may stop at one; else None.
         terms: the weighted terms of the last loss, detached.
         projections: with ``project: true``, one linear map per pair from the student's width to the teacher's, trained
             with the student and no part of it (Romero et al. 2015, FitNets, section 2.2).
@@ -51,7 +55,9 @@ class Objective(nn.Module):
         super().__init__()
         self.stage, self.augment, self.seed = stage, augment, seed
         self.step = 0
+        self.samples_at: Callable[[int], list[int]] | None = None
         self.penalty: Callable[[], Tensor | None] | None = None
+        self.running = RunningLoss() if stage.stop_at_loss else None
         self.terms: dict[str, Tensor] = {}
         config = stage.distill
         ours, theirs = [], []
@@ -68,12 +74,14 @@ class Objective(nn.Module):
         only_first = isinstance(config, Patient) and config.token == "first"
         self._observe_student = Observer(student, ours, only_first)
         self._observe_teacher: Callable[[Batch, Observed], Observed] | None = None
+        self._run_again: list[tuple[str, nn.Module, Observer]] = [("model", student, self._observe_student)]
         if isinstance(teacher, TeacherCache) and config is not None:
             self._observe_teacher = teacher.reader(theirs)
         elif isinstance(teacher, nn.Module) and config is not None:
             teacher.requires_grad_(False).eval()
             observer = Observer(teacher, theirs, only_first)
             self._observe_teacher = lambda batch, _: observer(batch)
+            self._run_again = [("student", student, self._observe_student), ("teacher", teacher, observer)]
         self.projections = nn.ModuleList()
         if config is not None and getattr(config, "project", False):
             self.projections.extend(nn.Linear(a.width, b.width) for a, b in zip(ours, theirs, strict=True))
@@ -88,9 +96,30 @@ class Objective(nn.Module):
         self.terms = {name: term.detach() for name, term in terms.items()}
         loss = torch.stack([*terms.values()]).sum()
         if not torch.isfinite(loss):
-            found = ", ".join(f"{name} {float(term):g}" for name, term in self.terms.items())
-            raise TrainingError(f"the loss is {loss.item()} at step {self.step} ({found}): lower the learning rate")
+            raise TrainingError(f"the loss is {loss.item()} at step {self.step} {self._reason(batch)}")
         return {"loss": loss}
+
+    def _reason(self, batch: Batch) -> str:
+        """Terms, samples, what broke first, and what to do about it."""
+        terms = ", ".join(f"{name} {float(term):g}" for name, term in self.terms.items())
+        samples = [] if self.samples_at is None else self.samples_at(self.step)
+        more = ", ..." if len(samples) > 8 else ""
+        told = f"({terms}), batch of samples {', '.join(map(str, samples[:8]))}{more}" if samples else f"({terms})"
+        models = [
+            (called, model, lambda observer=observer: observer(batch)) for called, model, observer in self._run_again
+        ]
+        fault = find_fault(batch, models)
+        where = f": {fault.where}" if fault.where else ""
+        if fault.kind == "data":
+            made = "; augmentation made it" if self.augment is not None else ""
+            return f"{told}{where}{made}: mend the training data, or leave this sample out"
+        if self.step > 0:
+            return f"{told}{where}: lower the learning rate"
+        if fault.kind == "weights":
+            return f"{told}{where} before any training: hand in a sound model"
+        if self.stage.precision == "bfloat16":
+            return f"{told}{where} before any training: try `precision: float32`"
+        return f"{told}{where} before any training: try the model on this batch, and lower what weighs the loss's terms"
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
         config = self.stage.distill

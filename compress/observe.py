@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..models import AdapterError, adapter_for, find_sites
 from ..models.dense import logits
 from .heads import DistillError, Supervision, aligned, side_masks, supervision, unwrapped
-from .patient import first_token
+from .patient import one_state
 from .stages import Distill, Patient
 from .taps import FeatureTap, Point, check_widths, pair_points, points_of
 
@@ -36,12 +36,17 @@ class Observer:
 
     Args:
         points: of this model; with none it needs no adapter.
-        only_first: keep the state of the first real token alone.
+        only_first: keep the one state that stands for each sequence alone, see `patient.one_state`.
     """
 
     def __init__(self, model: nn.Module, points: Sequence[Point] = (), only_first: bool = False) -> None:
         self.model, self.points, self.only_first = model, tuple(points), only_first
-        self._tap = FeatureTap(find_sites(unwrapped(model), adapter_for(unwrapped(model))), points) if points else None
+        self._tap, self._causal = None, set[int]()  # 1-based blocks whose tokens see only those before them
+        if points:
+            sites = find_sites(unwrapped(model), adapter_for(unwrapped(model)))
+            self._tap = FeatureTap(sites, points)
+            own = (found for found in sites.attention if found.kind == "self")
+            self._causal = {found.block + 1 for found in own if getattr(found.module, "is_causal", False)}
         known = inspect.signature(unwrapped(model).forward).parameters
         self._not_taken = {SAMPLE_ID} | ({"token_type_ids"} - set(known))
 
@@ -61,7 +66,7 @@ class Observer:
                     feature = feature.view(scores.shape[0], -1, feature.shape[-1])
                 mask = aligned(self.model, sides[point.side], feature.shape[1])
                 if self.only_first:
-                    feature, mask = first_token(feature, mask), None
+                    feature, mask = one_state(feature, mask, point.block in self._causal), None
             features.append(feature)
             masks.append(mask)
         return Observed(scores, given, tuple(features), tuple(masks))

@@ -3,8 +3,11 @@
     L = (1 - alpha) CE + alpha T^2 KL(teacher / T || student / T) + beta L_PT
     L_PT = mean over samples, layers and hidden of (h_t / ||h_t||_2 - h_s / ||h_s||_2)^2
 
-h is the output of a block at [CLS], or at every real token. The paper sums over layers and hidden where L_PT, like the
-authors' code, takes the mean: a beta for the sum is ours divided by (layers * hidden).
+h is the output of a block at one state of the sequence, or at every real token. The paper has BERT's [CLS], the first
+token. Where attention is causal the first token has seen no text, so the one state is that of the last real token,
+which has seen all of it and which the head of causal classifiers reads; no paper says what PKD compares there. The
+paper sums over layers and hidden where L_PT, like the authors' code, takes the mean: a beta for the sum is ours divided
+by (layers * hidden).
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ def patient_terms(
     """The weighted terms ``hard``, ``soft`` and ``patience``, whose sum is the loss.
 
     Args:
-        pairs: states of the compared blocks, of [CLS] [B, 1, D] or of all tokens [B, L, D].
+        pairs: states of the compared blocks, one of each sequence [B, 1, D] or of all tokens [B, L, D].
 
     Raises:
         DistillError: scores or states of different shapes; ``token: first`` in a task of tokens.
@@ -55,17 +58,19 @@ def patience_loss(pairs: Sequence[Pair]) -> Tensor:
     return torch.stack([_distance(pair) for pair in pairs]).mean()
 
 
-def first_token(state_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
-    """The state of each sequence's first real token, [CLS], as [B, 1, D]; padding may stand on the left."""
+def one_state(state_BLD: Tensor, mask_BL: Tensor | None, causal: bool = False) -> Tensor:
+    """The state that stands for each sequence, [B, 1, D]: of its first real token, [CLS], or of the last one where
+    attention is ``causal``; padding may stand on either side."""
     if mask_BL is None:
-        return state_BLD[:, :1]
-    first_B = mask_BL.int().argmax(dim=1)
-    return state_BLD[torch.arange(len(first_B), device=state_BLD.device), first_B].unsqueeze(1)
+        return state_BLD[:, -1:] if causal else state_BLD[:, :1]
+    order_BL = mask_BL.int() * torch.arange(1, mask_BL.shape[1] + 1, device=mask_BL.device) if causal else mask_BL.int()
+    at_B = order_BL.argmax(dim=1)
+    return state_BLD[torch.arange(len(at_B), device=state_BLD.device), at_B].unsqueeze(1)
 
 
 def check_token(config: Patient, given: Supervision) -> None:
     """Raises:
-    DistillError: [CLS] does not stand for the tokens of this task, or the classes have no fixed number.
+    DistillError: one state does not stand for the tokens of this task, or the classes have no fixed number.
     """
     if config.beta and config.token == "first" and given.kind not in _ONE_STATE:
         raise DistillError(f"patient distillation of a {given.kind} task compares every token: write token: all")

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from ..models import adapter_for
 from ..models.adapter import Adapter, Gemm, Sites, find_sites
 from .masks import Pattern
+from .plan_reasons import has_nothing_to_inherit, why_not_accelerated, why_tied_stays
 from .recipe import Recipe
 from .rules import AttentionRule, Rule, Unstructured, parse_sparsity
+from .stages import Prune
 
 Quantization = Mapping[str, Any]  # a quantizer record of the recipe as plain data: method, bits, ...
 
@@ -114,6 +116,7 @@ class Plan:
     attention: tuple[PlannedAttention, ...] = ()
     embeddings: tuple[PlannedEmbedding, ...] = ()
     untied: str | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -128,6 +131,7 @@ class Plan:
             tuple(PlannedAttention(**site) for site in data.get("attention", ())),
             tuple(PlannedEmbedding(**table) for table in data.get("embeddings", ())),
             data.get("untied"),
+            tuple(data.get("notes", ())),
         )
 
     def summary(self) -> str:
@@ -145,8 +149,13 @@ class Plan:
             what += [f"{words} {side}" if words else "" for side, words in zip("QKPV", sides, strict=True)]
             lines.append(f"  {count:3d} x {kind} attention map  {', '.join(filter(None, what))}")
         lines += [f"  embedding {e.name} [{e.rows}, {e.width}]  int{e.bits} ({e.method})" for e in self.embeddings]
-        lines += [f"  {self.untied} gets a matrix of its own, no longer the embedding"] if self.untied else []
-        lines += [f"  left dense: {name}: {why}" for name, why in self.skipped]
+        lines += [
+            f"  {g.name} gets a matrix of its own, no longer the embedding: {g.shape[0] * g.shape[1]:,} weights more"
+            for g in self.gemms
+            if g.name == self.untied
+        ]
+        lines += [f"  note: {name}: {why}" for name, why in self.skipped]
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
     @property
@@ -170,24 +179,33 @@ def make_plan(model: nn.Module, recipe: Recipe, adapter: Adapter | None = None) 
     skipped: list[tuple[str, str]] = []
     owners: dict[tuple[str, str], str] = {}
     untied = None
+    inherits = any(isinstance(stage, Prune) and stage.method == "inherit" for stage in recipe.stages)
     for gemm in (*sites.gemms, *sites.pooler, *((sites.final,) if sites.final else ())):
         rule = rule_of.get(gemm.role)
         if rule is None:
             continue
         if gemm.block is not None and gemm.block in rule.skip_blocks:
             skipped.append((gemm.name, f"the recipe skips block {gemm.block}"))
-        elif gemm.role == "final" and sites.final_tied and not recipe.untie_final_projection:
-            skipped.append((gemm.name, "tied to the input embedding; pruning it would prune the embedding"))
-        else:
-            untied = gemm.name if gemm.role == "final" and sites.final_tied else untied
-            planned.append(_planned(gemm, rule, sites, owners))
+            continue
+        if gemm.role == "final" and sites.final_tied and not recipe.untie_final_projection:
+            skipped.append((gemm.name, why_tied_stays(rule, recipe)))
+            continue
+        if inherits and rule.sparsity and has_nothing_to_inherit(gemm):
+            skipped.append((gemm.name, "stays without zeros: it has none to inherit, the pruned model did not have it"))
+            rule = rule.model_copy(update={"sparsity": None})
+            if rule.weight is None:
+                continue
+        untied = gemm.name if gemm.role == "final" and sites.final_tied else untied
+        planned.append(_planned(gemm, rule, sites, owners))
     attention = _planned_attention(recipe.attention, sites)
     tables = _planned_embeddings(recipe, sites)
+    if recipe.embeddings and not tables:
+        skipped.append(("embeddings", "this model has no embedding table; the rest of the recipe applies"))
     if (recipe.rules or recipe.attention) and not planned and not attention:
         have = sorted({g.role for g in sites.gemms})
         asked = sorted(rule_of)
         raise PlanError(f"recipe {recipe.name} asks for roles {asked}, this model has {have}: nothing to do")
-    return Plan(adapter.name, recipe.name, tuple(planned), tuple(skipped), attention, tables, untied)
+    return Plan(adapter.name, recipe.name, tuple(planned), tuple(skipped), attention, tables, untied, recipe.notes)
 
 
 def _planned_attention(rule: AttentionRule | None, sites: Sites) -> tuple[PlannedAttention, ...]:
@@ -205,8 +223,11 @@ def _planned_embeddings(recipe: Recipe, sites: Sites) -> tuple[PlannedEmbedding,
     rule = recipe.embeddings
     if rule is None:
         return ()
-    if not sites.embeddings:
-        raise PlanError(f"recipe {recipe.name} asks for int{rule.bits} embeddings; this model has no embedding table")
+    if not sites.embeddings and not recipe.rules and not recipe.attention:
+        raise PlanError(
+            f"recipe {recipe.name} asks for int{rule.bits} embeddings and nothing else; this model has no embedding "
+            "table: add `rules`"
+        )
     shapes = [
         (table.name, weight.shape) for table in sites.embeddings if isinstance(weight := table.module.weight, Tensor)
     ]
@@ -234,7 +255,7 @@ def _planned(gemm: Gemm, rule: Rule, sites: Sites, owners: dict[tuple[str, str],
     owner = None
     if rule.input is not None:
         owner = owners.setdefault(input_tensor(gemm, sites), gemm.name)
-    reason = _why_not_accelerated(shape, rule.sparsity)
+    reason = why_not_accelerated(shape, rule.sparsity)
     return PlannedGemm(
         name=gemm.name,
         role=gemm.role,
@@ -262,17 +283,3 @@ def input_tensor(gemm: Gemm, sites: Sites) -> tuple[str, str]:
         return gemm.name, ""
     block = next(block.name for block in sites.blocks if gemm.name.startswith(f"{block.name}."))
     return block, _SAME_INPUT[gemm.role]
-
-
-def _why_not_accelerated(shape: tuple[int, int], sparsity: str | None) -> str:
-    """Shape rule of the 2:4 kernels (NVIDIA/apex: out % 8 == 0 and in % 16 == 0); "" when one can take the GEMM."""
-    if sparsity is None:
-        return ""
-    if sparsity != "2:4":
-        return f"kernels take 2:4, not {sparsity}"
-    out_features, in_features = shape
-    if out_features % 8:
-        return f"out_features {out_features} is not a multiple of 8"
-    if in_features % 16:
-        return f"in_features {in_features} is not a multiple of 16"
-    return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .attached import quantizers
 from .dropout import ScheduledDropout
 from .journal import Journal
-from .objective import TrainingError
+from .objective import Objective, TrainingError
 from .policies import Policy
 
 
@@ -77,16 +77,18 @@ class StageHooks(TrainerCallback):
 
     def __init__(
         self,
-        student: nn.Module,
+        objective: Objective,
         policy: Policy,
         dropout: ScheduledDropout | None,
         journal: Journal,
         steps_per_epoch: int,
-        evaluate: Callable[[nn.Module], dict[str, float]] | None,
+        evaluate: Callable[[nn.Module], Mapping[str, Any]] | None,
+        say: Callable[[str], None],
     ) -> None:
-        self.student, self.policy, self.dropout, self.journal = student, policy, dropout, journal
-        self.steps_per_epoch, self.evaluate = steps_per_epoch, evaluate
-        self._learned = [quantizer for _, quantizer in quantizers(student) if list(quantizer.parameters())]
+        self.student, self.policy, self.dropout, self.journal = objective.student, policy, dropout, journal
+        self.running, self.stop_at_loss = objective.running, objective.stage.stop_at_loss
+        self.steps_per_epoch, self.evaluate, self.say = steps_per_epoch, evaluate, say
+        self._learned = [quantizer for _, quantizer in quantizers(self.student) if list(quantizer.parameters())]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.journal.resume_(state.global_step)
@@ -120,12 +122,23 @@ class StageHooks(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step = state.global_step
-        if self.evaluate is None or not self._epoch_ends(step):
+        stops = self.running is not None and self.running.value <= self.stop_at_loss and step < self.policy.total
+        if self.running is not None and stops:
+            control.should_training_stop = True
+            control.should_save = False  # a run that goes on from a checkpoint makes another step
+            self.journal.write(step, {"kind": "stopped", "loss": self.running.value})
+            self.say(f"stops after {step} of {self.policy.total} steps, the running loss is {self.running.value:.4f}")
+        if self.evaluate is None or not (stops or self._epoch_ends(step)):
             return
         with self.policy.pruned(), same_random_state(), torch.no_grad():
             self.student.eval()  # the Trainer's next step switches back
             found = self.evaluate(self.student)
-        self.journal.write(step, {"kind": "evaluation", "epoch": step / self.steps_per_epoch, **found})
+        epoch = step / self.steps_per_epoch
+        self.journal.write(step, {"kind": "evaluation", "epoch": epoch, **found})
+        values = [
+            f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items()
+        ]
+        self.say(f"epoch {epoch:g}: {', '.join(values)}")  # a bar on the same terminal stays below it
 
     def _epoch_ends(self, step: int) -> bool:
         return step % self.steps_per_epoch == 0 or step == self.policy.total

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..models.dense import Dense
+from .fingerprint import run_fingerprint
 from .recipe import Recipe
 from .train_data import TrainData
-from .work import Work, fingerprint
+from .work import Work
 
 PROVENANCE = "squeezoo_training.json"
 
@@ -35,4 +36,4 @@ def read_provenance(folder: str | Path) -> dict[str, Any] | None:
 def is_trained(dense: Dense, recipe: Recipe, data: TrainData, folder: str | Path) -> bool:
     """Whether ``folder`` holds what ``train_dense`` makes of exactly this model, recipe and data."""
     provenance = read_provenance(folder)
-    return provenance is not None and provenance.get("run") == fingerprint(dense, dense, recipe, data)
+    return provenance is not None and provenance.get("run") == run_fingerprint((dense.model, dense.model), recipe, data)

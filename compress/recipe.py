@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from .masks import Pattern
+from .quantizers import weight_note
 from .rules import AttentionRule, EmbeddingRule, Lsq, Q8Bert, Record, Rule, Unstructured, parse_sparsity
 from .stages import Admm, Calibrate, Finetune, Iterative, Prune, SrSte, Stage, Storage, Student
 
@@ -103,6 +104,8 @@ class Recipe(Record):
         calibrations = [stage for stage in self.stages if isinstance(stage, Calibrate)]
         if quantized and not calibrations:
             raise ValueError("a rule asks for a quantizer but no stage is `calibrate`: add `- stage: calibrate`")
+        if any(stage.reextract_mask for stage in calibrations) and not any(isinstance(s, Prune) for s in self.stages):
+            raise ValueError("`reextract_mask` makes masks anew, and no stage made any: add `- stage: prune`")
         if calibrations and not quantized:
             raise ValueError("stage `calibrate` has nothing to do: no rule asks for a quantizer")
         if calibrations and calibrations[-1].temporary:
@@ -126,6 +129,13 @@ class Recipe(Record):
             if isinstance(stage, Prune) and stage.method in ("wanda", "sparsegpt"):
                 return True
         return False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What some weight quantizer, of a rule or of one stage, uses in place of what it is asked for."""
+        weights = [*(rule.weight for rule in self.rules), *(getattr(stage, "weight", None) for stage in self.stages)]
+        notes = (weight_note(weight.model_dump(mode="json")) for weight in weights if weight is not None)
+        return tuple(dict.fromkeys(filter(None, notes)))
 
     def at(self, index: int) -> Recipe:
         """The recipe with the quantizers that are in force during stage ``index``: those of the rules, unless the last

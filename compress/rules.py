@@ -13,9 +13,9 @@ Bits = Annotated[int, Field(ge=2, le=8)]
 
 
 class Record(BaseModel):
-    """Base of every record of a recipe: frozen, and an unknown key is an error."""
+    """Base of every record of a recipe: frozen; an unknown key is an error, and so is a number that is not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Lsq(Record):

@@ -48,12 +48,14 @@ class Calibrate(Record):
 
     ``percentile`` None takes the maximum of |x| over ``batches`` batches, else that percentile of |x|. ``weight``,
     ``input`` and ``attention`` stand in for the rules' quantizers until the next calibrate stage: so one recipe goes
-    from INT8 to INT4. The last calibrate stage names none.
+    from INT8 to INT4. The last calibrate stage names none. ``reextract_mask`` makes the masks anew from the weights by
+    then, by magnitude; else those of the prune stage are inherited (Deep Compression's sparse INT4; ALGORITHMS E.2).
     """
 
     stage: Literal["calibrate"]
     batches: int = Field(10, ge=1)
     percentile: float | None = Field(None, gt=0, lt=100)
+    reextract_mask: bool = False
     weight: WeightQuantizer | None = None
     input: InputQuantizer | None = None
     attention: AttentionRule | None = None
@@ -97,7 +99,8 @@ class Patient(Record):
     Args:
         blocks: teacher blocks, 1-based, compared with the student's blocks 1, 2, ...; ``skip`` takes every
             (teacher / student)-th, leaving out the last, which the output loss covers.
-        token: ``first`` compares the state of [CLS], ``all`` that of every real token (token tasks).
+        token: ``first`` compares one state of each row, [CLS] or in causal models the last real token, ``all`` that of
+            every real token (token tasks).
         kl_reduction: ``elementwise`` divides by the number of classes too, as the public code does.
         cache: keep the teacher's outputs of every sample on disk instead of running it at each step.
     """
@@ -192,6 +195,8 @@ class Finetune(Record):
 
     ``epochs``, or, for runs on a corpus, optimizer ``steps``; the ``iterative`` policy knows its own number.
     ``precision: bfloat16`` runs the GEMMs in bfloat16 (autocast); weights, scales, optimizer and losses stay float32.
+    ``stop_at_loss`` ends the stage early, once the running loss is at most this: GPUSQ-TLM's thresholds of both loops,
+    which it does not print; 0 leaves the end to the epochs.
     """
 
     stage: Literal["finetune"]
@@ -203,6 +208,7 @@ class Finetune(Record):
     warmup_steps: int | None = Field(None, ge=0)
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    stop_at_loss: float = Field(0.0, ge=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -232,6 +238,8 @@ class Finetune(Record):
             self.epochs or self.policy.masked_epochs + 1
         ):
             raise ValueError("policy.masked_epochs counts inside epochs and must be smaller")
+        if self.stop_at_loss and isinstance(self.policy, Admm | Iterative):
+            raise ValueError(f"stop_at_loss: policy {self.policy.method} needs all its steps; leave it out")
         return self
 
 

@@ -170,7 +170,7 @@ def cache_teacher(
     points = tuple(dict.fromkeys(theirs for _, theirs in pairs))
     only_first = isinstance(config, Patient) and config.token == "first"
     teacher.requires_grad_(False).eval().to(device)
-    what = json.dumps([[asdict(p) for p in points], only_first, precision, per_shard, key])
+    what = json.dumps([[asdict(p) for p in points], "one state" if only_first else "all", precision, per_shard, key])
     place = folder / fingerprint(teacher, features, collate, what)
     place.mkdir(parents=True, exist_ok=True)
     manifest = {

@@ -20,11 +20,14 @@ class TrainData:
         collate: list of features -> batch of tensors, with what the task's loss needs (``labels`` of any shape,
             ``start_positions``, ...).
         augment: batch, generator -> batch; training only. It must draw from the generator alone.
+        source: what the features are made from, for those that are decoded on access: a resumed run knows its data by
+            it without decoding them (`fingerprint.update_data`).
     """
 
     features: Sequence[Mapping[str, Any]]
     collate: Callable[[list[Mapping[str, Any]]], Batch]
     augment: Callable[[Batch, torch.Generator], Batch] | None = None
+    source: Sequence[Any] | None = None
 
     def lengths(self) -> list[int]:
         """Tokens or audio values per sample, for batches of similar length; all 1 for images."""
@@ -50,6 +53,13 @@ class EpochSampler(torch.utils.data.Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def at_step(self, step: int) -> list[int]:
+        """The samples of the batch at optimizer step ``step``, counted from 0, in a run of one process."""
+        of_epoch = EpochSampler(self.lengths.tolist(), self.batch_size, self.seed)
+        epoch, batch = divmod(step, -(-len(self) // self.batch_size))
+        of_epoch.set_epoch(epoch)
+        return list(of_epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)

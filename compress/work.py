@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-
-from ..models.dense import Dense, describe
-from .recipe import Recipe
-from .train_data import TrainData
 
 PROGRESS = "progress.json"
 
@@ -24,7 +18,14 @@ class RunError(RuntimeError):
 
 
 class Work:
-    """The folder of an unfinished run: ``progress.json`` and ``stage-<k>.safetensors`` for every finished stage."""
+    """The folder of an unfinished run: ``progress.json`` and ``stage-<k>.safetensors`` for every finished stage.
+
+    Args:
+        fingerprint: of all that the run depends on. restart: throw what is there away.
+
+    Raises:
+        RunError: it holds work of a run with another fingerprint. Where that got nowhere, its folder is taken over.
+    """
 
     def __init__(self, folder: Path, fingerprint: str, restart: bool) -> None:
         self.folder = folder
@@ -34,19 +35,33 @@ class Work:
             shutil.rmtree(folder)
         if (folder / PROGRESS).is_file():
             progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-            if progress["fingerprint"] != fingerprint:
+            self.records = progress["records"]
+            if progress["fingerprint"] == fingerprint:
+                return
+            if self.is_worth_keeping:
                 raise RunError(
                     f"{folder} holds an unfinished run with another recipe, model or data; give --restart to throw it "
                     "away, or choose another output folder"
                 )
-            self.records = progress["records"]
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._write()
+            self.records = []
+            for left in folder.glob("stage-*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write()
 
     @property
     def done(self) -> int:
         return len(self.records)
+
+    @property
+    def is_worth_keeping(self) -> bool:
+        """Whether it holds more than what is made again in moments: training, pruning by data, a search for an order of
+        channels. Outputs of teachers are known by their content and serve any run."""
+        costly = any(
+            record["stage"] == "finetune" or record.get("method") in ("wanda", "sparsegpt") or "permuted" in record
+            for record in self.records
+        )
+        return costly or any(self.folder.glob("stage-*/checkpoint-*/trainer_state.json"))
 
     def _write(self) -> None:
         temporary = self.folder / f"{PROGRESS}.tmp"
@@ -78,21 +93,11 @@ class Work:
     def remove(self) -> None:
         shutil.rmtree(self.folder)
 
+    def remove_if_worthless(self) -> None:
+        """After an error: leave nothing behind that only stands in the way of the corrected command."""
+        if not self.is_worth_keeping and not any(self.folder.glob("teacher/*/*.safetensors")):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     def load_(self, model: nn.Module, index: int) -> None:
         """Put the state after stage ``index`` into an attached model; quantizers know by their scale if they are on."""
         model.load_state_dict(load_file(self.folder / f"stage-{index}.safetensors"))
-
-
-def fingerprint(dense: Dense, base: Dense, recipe: Recipe, data: TrainData | None) -> str:
-    """Changes when the recipe, the base weights or the data do; a run resumes only what it began."""
-    digest = hashlib.sha256(recipe.model_dump_json().encode())
-    digest.update(json.dumps(describe(dense.model), sort_keys=True).encode())
-    for model in {id(m): m for m in (dense.model, base.model)}.values():
-        for name, tensor in sorted(model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    if data is not None:
-        digest.update(str(len(data.features)).encode())
-        for feature in (data.features[0], data.features[-1]):
-            digest.update(repr(sorted((k, str(v)) for k, v in feature.items())).encode())
-    return digest.hexdigest()

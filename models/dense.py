@@ -67,6 +67,13 @@ class Dense:
     library: str
     new: tuple[str, ...] = ()
 
+    @property
+    def new_note(self) -> str:
+        """What to tell whoever is about to use the model about `new`; "" where nothing is."""
+        if not self.new:
+            return ""
+        return f"newly initialised, since {self.name} does not have them: {', '.join(self.new)}; they need training"
+
 
 def load_dense(
     source: str | os.PathLike[str],

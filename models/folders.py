@@ -26,6 +26,8 @@ from .processor import load_processor, pad_with_end_
 from .quiet import quiet
 from .torchvision_guard import ensure_torchvision_importable
 
+CHECKPOINT = "squeezoo.json"  # compress's manifest: what a packed checkpoint has beside its config.json
+
 
 @dataclass(frozen=True)
 class Read:
@@ -41,11 +43,17 @@ def read_folder(folder: Path, kind: str, num_labels: int | None, seed: int) -> R
     """The model and processor of a model folder; see `load_dense`.
 
     Raises:
-        DenseError: no config.json, a config of neither library, no safetensors weights, weights that do not fit.
+        DenseError: a Squeezoo checkpoint, no config.json, a config of neither library, no safetensors weights, weights
+            that do not fit.
     """
     ensure_torchvision_importable()
     if (gguf := gguf_file(folder)) is not None:
         return _reading(folder, seed, lambda: Read(*read_gguf(gguf, kind, num_labels), "transformers"))
+    if (folder / CHECKPOINT).is_file():
+        raise DenseError(
+            f"{folder} is a Squeezoo checkpoint, and a dense model is needed here: write one first with "
+            f"`squeezoo export {folder} --to dense -o DENSE` and hand in DENSE; its zeros stay"
+        )
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise DenseError(f"{folder} is no model folder: expected config.json, found {_listing(folder)}")
@@ -76,7 +84,7 @@ def save_dense(model: nn.Module, processor: Any, directory: str | os.PathLike[st
 
     Raises:
         DenseError: unknown library, parametrizations still attached, a timm model whose arguments are not known (see
-            `describe`), or ``directory`` holds something else.
+            `describe`), or ``directory`` holds something else, such as a Squeezoo checkpoint.
     """
     library = library_of(model)
     attached = next((name for name, module in model.named_modules() if _is_attached(module)), None)
@@ -86,8 +94,11 @@ def save_dense(model: nn.Module, processor: Any, directory: str | os.PathLike[st
         )
     describe(model)  # a model that could not be rebuilt is refused here, before anything is written
     target = Path(directory).absolute()
-    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / "config.json").is_file())):
-        raise DenseError(f"{target} exists and is no model folder: give a new or an empty directory")
+    is_checkpoint = (target / CHECKPOINT).is_file()  # it has a config.json too
+    is_model = target.is_dir() and (not any(target.iterdir()) or (target / "config.json").is_file())
+    if target.exists() and (is_checkpoint or not is_model):
+        what = "holds a Squeezoo checkpoint" if is_checkpoint else "exists and is no model folder"
+        raise DenseError(f"{target} {what}: give a new or an empty directory")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         fresh = Path(scratch) / "new"
@@ -207,8 +218,8 @@ def _read_transformers(folder: Path, stored: dict[str, Any], kind: str, num_labe
 
 def _check_fit(folder: Path, model: Any, info: Mapping[str, Any], new_head: bool) -> None:
     """Only head and pooler may be new, and no part of the backbone left over; transformers would merely report it."""
-    backbone = {name for name, _ in (*model.base_model.named_children(), *model.base_model.named_parameters())}
-    backbone.discard("pooler")
+    own = model.base_model.named_parameters(recurse=False)  # not the children's: those of the pooler may be new
+    backbone = {name for name, _ in (*model.base_model.named_children(), *own)} - {"pooler"}
     buffers = {name for name, _ in model.base_model.named_buffers()}  # older versions stored position ids
 
     def in_backbone(key: str) -> bool:

@@ -17,6 +17,7 @@ from squeezoo.compress.quantizers import InputQuantization
 from squeezoo.compress.runtime import triton_quantize
 from squeezoo.compress.runtime.cuda_waiting import LevelsNorm, waiting_levels
 from squeezoo.compress.runtime.inputs import fake_quantize
+from squeezoo.compress.runtime.nonfinite import NonFinite
 from squeezoo.compress.runtime.triton_quantize import Int8Levels, finish, layer_norm, quantize, quantize_rows, rounded
 from squeezoo.compress.runtime.triton_support import interpreting
 from torch import Tensor, nn
@@ -155,6 +156,39 @@ def test_layer_norm_writes_levels_beside_its_output(residual: bool, dtype: torch
     bare, none = layer_norm(x_TD, None, None, None, 1e-5, None)
     assert none is None
     assert float((bare.float().mean(1)).abs().max()) < 0.05
+
+
+NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_what_is_not_finite_is_marked_or_carried(value: float, dtype: torch.dtype) -> None:
+    """Integers hold no NaN, so one in an input leaves a mark (whatever the input's shape, wherever it is); where the
+    result or a scale is a float, it is NaN there, and nowhere else. Both forms alike. A finite input leaves no mark,
+    even the largest number."""
+    levels = static(INPUTS["minmax"])
+    x_TI = numbers(70, 50, dtype=dtype)
+    x_TI[3, 4] = torch.finfo(dtype).max / 4  # PyTorch's own GELU overflows beyond
+    bad_TI = x_TI.clone()
+    bad_TI[69, 49] = value
+    expected_T = torch.arange(70, device=DEVICE) == 69
+    for run in (lambda function, *args, **kwargs: function(*args, **kwargs), plain):
+        for given, is_bad in ((x_TI, False), (bad_TI, True)):
+            calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+                (quantize, (given, levels), {}),
+                (finish, (given,), dict(emit=levels, activation="gelu", dtype=dtype)),
+                (layer_norm, (given.float() / 1e30, None, None, None, 1e-5, levels), {}),
+            ]
+            for function, args, kwargs in calls:
+                seen = NonFinite(DEVICE)
+                assert seen.begin_()
+                run(function, *args, **kwargs, seen=seen)
+                assert bool(seen.put_on(torch.zeros(2, device=DEVICE)).isnan().all()) == is_bad
+            floats = run(rounded, given, levels, torch.float32)
+            assert torch.equal(floats.isnan(), (expected_T[:, None] & (torch.arange(50, device=DEVICE) == 49)) & is_bad)
+            assert not floats.isinf().any()
+            assert torch.equal(run(quantize_rows, given)[1].isnan(), expected_T & is_bad)
 
 
 def test_a_norm_learns_whose_levels_to_write() -> None:

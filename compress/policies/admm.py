@@ -15,6 +15,7 @@ Legend: O out_features, I in_features; m mask, True = kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,6 +27,7 @@ from ..stages import Admm
 from .base import Policy, Record, gradients_, mask_similarity, rates
 
 SMALL_DATA = 20_000  # samples: below, one iteration is one epoch (section 4.3 of the paper, by ALGORITHMS B.3)
+FEWEST_ITERATIONS, FEWEST_STEPS = 10, 80  # that ADMM needs to converge (there too): iterations, and steps of each
 
 
 def dense(q_OI: Tensor, w_OI: Tensor, mask_OI: Tensor) -> Tensor:
@@ -48,13 +50,42 @@ def next_target(v_OI: Tensor, mask_OI: Tensor) -> Tensor:
     return torch.where(mask_OI, v_OI, -v_OI)
 
 
+def iteration_steps(settings: Admm, total: int, steps_per_epoch: int, samples: int) -> int:
+    """Optimizer steps of one iteration."""
+    if settings.steps is not None:
+        return settings.steps
+    return steps_per_epoch if samples < SMALL_DATA else max(80, total // 50)
+
+
 def iteration_ends(settings: Admm, total: int, steps_per_epoch: int, samples: int) -> list[int]:
     """The steps after which Z and U are updated; the last is ``total``, its iteration takes what is left over."""
-    steps = settings.steps
-    if steps is None:
-        steps = steps_per_epoch if samples < SMALL_DATA else max(80, total // 50)
+    steps = iteration_steps(settings, total, steps_per_epoch, samples)
     count = max(1, total // steps)
     return [steps * k for k in range(1, count)] + [total]
+
+
+def masked_steps(settings: Admm, steps_per_epoch: int) -> int:
+    """Steps at the end of the stage that are trained under the final mask."""
+    return round(settings.masked_epochs * steps_per_epoch)
+
+
+def schedule_note(settings: Admm, total: int, steps_per_epoch: int, samples: int) -> str:
+    """What is too short about a schedule of ``total`` steps, and what to write instead; "" where it is long enough."""
+    masked = masked_steps(settings, steps_per_epoch)
+    if masked >= total:
+        return ""  # an error of its own
+    steps = iteration_steps(settings, total - masked, steps_per_epoch, samples)
+    count = max(1, (total - masked) // steps)
+    if count >= FEWEST_ITERATIONS and steps >= FEWEST_STEPS:
+        return ""
+    enough = max(FEWEST_STEPS, steps)
+    needed = masked + enough * FEWEST_ITERATIONS
+    set_steps = f"`steps: {enough}` in the policy and " if steps < FEWEST_STEPS else ""
+    return (
+        f"ADMM will have {count} iteration{'s' if count > 1 else ''} of {min(steps, total - masked)} steps, and needs "
+        f"at least {FEWEST_ITERATIONS} of at least {FEWEST_STEPS} (NxMTransformer, section 4.3): write {set_steps}"
+        f"`epochs: {math.ceil(needed / steps_per_epoch)}` or more (or `steps: {needed}` instead of epochs)"
+    )
 
 
 class AdmmPolicy(Policy):
@@ -74,7 +105,7 @@ class AdmmPolicy(Policy):
         super().__init__(student, total)
         self._need_weights()
         self.settings = settings
-        masked = round(settings.masked_epochs * steps_per_epoch)
+        masked = masked_steps(settings, steps_per_epoch)
         if masked >= total:
             raise TrainingError(
                 f"policy admm: masked_epochs {settings.masked_epochs:g} are {masked} steps, which leaves none of the "

@@ -3,7 +3,7 @@
 from .absmax import AbsmaxQuantizer, absmax_fake_quantize, absmax_scale
 from .base import Granularity, InputQuantization, ObservationError, QuantizedWeight, Quantizer
 from .dynamic import DynamicQuantizer
-from .factory import input_quantizer, map_quantizer, weight_quantizer
+from .factory import input_quantizer, map_quantizer, weight_note, weight_quantizer
 from .lsq import LsqQuantizer, lsq_fake_quantize
 from .minmax import MinMaxQuantizer, minmax_fake_quantize
 from .pact import PactQuantizer, pact_fake_quantize
@@ -40,5 +40,6 @@ __all__ = [
     "sawb_alpha",
     "sawb_coefficients",
     "sawb_fake_quantize",
+    "weight_note",
     "weight_quantizer",
 ]

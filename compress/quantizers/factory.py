@@ -12,7 +12,7 @@ from .lsq import LsqQuantizer
 from .minmax import MinMaxQuantizer
 from .pact import PactQuantizer
 from .q8bert import Q8BertQuantizer
-from .sawb import SawbQuantizer
+from .sawb import SawbQuantizer, sawb_note
 
 Record = Mapping[str, Any]
 
@@ -49,6 +49,13 @@ def weight_quantizer(record: Record, shape: tuple[int, int], parts: int = 1) -> 
     else:
         raise ValueError(f"no weight quantizer {method!r}; known: lsq, absmax, sawb, q8bert, dynamic")
     return _with_record(made, record)
+
+
+def weight_note(record: Record) -> str:
+    """What a weight quantizer uses in place of what its record asks for; "" where it does as asked."""
+    if record["method"] != "sawb":
+        return ""
+    return sawb_note(record["bits"], **{key: record[key] for key in ("levels", "fit") if key in record})
 
 
 def input_quantizer(record: Record) -> Quantizer:

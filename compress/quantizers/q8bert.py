@@ -25,7 +25,8 @@ def q8bert_fake_quantize(x: Tensor, peak: Tensor, bits: int) -> Tensor:
 class Q8BertQuantizer(Quantizer):
     """Q8BERT of an input: ``peak <- peak - (1 - decay) * (peak - max|x|)`` at each training step, before it is used.
 
-    Calibration starts it at the mean of max|x| over the batches (the paper: at the first batch). Before, it is -inf.
+    Calibration starts it at the first batch's max|x| and goes on with further batches as training does. Before, it is
+    -inf.
 
     Args:
         bits: 2 to 8. decay: in [0, 1). dynamic: always max|x| of the input itself; needs no calibration data.
@@ -40,8 +41,7 @@ class Q8BertQuantizer(Quantizer):
         super().__init__(bits)
         self.decay, self.dynamic = decay, dynamic
         self.register_buffer("peak", torch.tensor(-math.inf))
-        self._sum: Tensor | None = None
-        self._batches = 0
+        self._seen: Tensor | None = None  # the running mean over the calibration batches so far
 
     @property
     def needs_batches(self) -> bool:  # type: ignore[override]
@@ -61,23 +61,23 @@ class Q8BertQuantizer(Quantizer):
 
     @torch.no_grad()
     def observe(self, x: Tensor, percentile: float | None = None) -> None:
-        """Take one calibration batch into the mean of max|x|, or of that percentile of |x| by rank."""
+        """Take max|x| of one calibration batch, or that percentile of |x| by rank, into the running mean."""
         refuse_unusable(x, "the calibration input")
         peak = _peak(widen(x))
         if percentile is not None:
             size = widen(x).abs().flatten()
             peak = value_of_rank(size, max(1, math.ceil(percentile / 100 * size.numel())))
-        self._sum = peak.double() if self._sum is None else self._sum + peak
-        self._batches += 1
+        peak = peak.double()
+        self._seen = peak if self._seen is None else self._seen - (1 - self.decay) * (self._seen - peak)
 
     @torch.no_grad()
     def finish_calibration_(self) -> None:
         if self.dynamic:
             self.peak.fill_(0.0)
-        elif self._sum is None:
+        elif self._seen is None:
             raise RuntimeError("expected at least one calibration batch, found none; call observe(x) first")
         else:
-            self.peak.copy_(self._sum / self._batches)
+            self.peak.copy_(self._seen)
         self.active = True
         self.stop_observing_()
 
@@ -88,7 +88,7 @@ class Q8BertQuantizer(Quantizer):
         return InputQuantization("static", self.bits, scale, 0, -self.m, self.m)
 
     def _forget(self) -> None:
-        self._sum, self._batches = None, 0
+        self._seen = None
 
     def _calibrated(self) -> bool:
         return bool(self.peak >= 0)

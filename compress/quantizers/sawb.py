@@ -8,7 +8,6 @@ Legend: O out_features, I in_features, G groups of rows that share a clip value,
 
 from __future__ import annotations
 
-import warnings
 from typing import Literal
 
 import torch
@@ -45,6 +44,15 @@ OWN: dict[Levels, dict[int, Coefficients]] = {
     "zero-aligned": {3: (6.943, -6.305), 5: (16.926, -17.808), 6: (22.171, -23.992)},
     "full-range": {6: (22.278, -24.117), 7: (27.608, -30.438)},
 }
+
+
+def sawb_note(bits: int, levels: Levels = "zero-aligned", fit: Fit = "published") -> str:
+    """What is used where no coefficients are known, and what could be written instead; "" where they are."""
+    if sawb_coefficients(bits, levels, fit) is not None:
+        return ""
+    own = OWN[levels].get(bits)
+    hint = f"; write `fit: own` for our own fit, {own[0]}, {own[1]}" if own else ""
+    return f"no SAWB coefficients are published for {bits} bits, {levels}: the clip value is max|w| instead{hint}"
 
 
 def sawb_coefficients(bits: int, levels: Levels = "zero-aligned", fit: Fit = "published") -> Coefficients | None:
@@ -95,8 +103,8 @@ def sawb_fake_quantize(
 class SawbQuantizer(Quantizer):
     """SAWB of a weight. The clip value follows the dense latent weight of the moment, pruned entries included (D.5).
 
-    Where no coefficients are published (and ``fit`` is not ``own``) the clip value is max|w|; making such a quantizer
-    warns and ``note`` says so.
+    Where no coefficients are published (and ``fit`` is not ``own``) the clip value is max|w|; ``note`` says so, and so
+    does the plan.
 
     Args:
         bits: 2 to 8.
@@ -119,14 +127,7 @@ class SawbQuantizer(Quantizer):
         super().__init__(bits)
         self.groups, self.levels, self.gradient = groups, levels, gradient
         self.coefficients = sawb_coefficients(bits, levels, fit)
-        self.note = ""
-        if self.coefficients is None:
-            self.note = (
-                f"no SAWB coefficients are published for {bits} bits, {levels}: the clip value is max|w| instead"
-            )
-            own = OWN[levels].get(bits)
-            hint = f"; write `fit: own` for our own fit, {own[0]}, {own[1]}" if own else ""
-            warnings.warn(self.note + hint, stacklevel=3)
+        self.note = sawb_note(bits, levels, fit)
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
 
     def fake_quantize(self, x: Tensor, update: bool = True) -> Tensor:
@@ -157,4 +158,6 @@ class SawbQuantizer(Quantizer):
         return bool(self.calibrated)
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, groups={self.groups}, levels={self.levels}, active={self.active}"
+        return f"bits={self.bits}, groups={self.groups}, levels={self.levels}, active={self.active}" + (
+            f", {self.note}" if self.note else ""
+        )

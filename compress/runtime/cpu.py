@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from ...models.adapter import Gemm, Sites
 from ..quantizers import InputQuantization
+from . import native
+from .inference_only import refuse_training_
 from .int8_gemm import Activation, Int8Gemm
-from .int8_linear import Int8Linear, Int8Slice, SharedInput
+from .int8_linear import InferenceOnly, Int8Linear, Int8Slice, SharedInput
 from .levels import Levels, to_levels
 from .native.attention_route import route_attention_
 from .native.fuse import fuse_blocks_
@@ -103,6 +105,7 @@ def use_int8_(
         supported, reason = int8_supported()
         if not supported:
             raise RuntimeError(f"int8 cannot run here: {reason}; use_reference_ computes the same in float32")
+        native.say_if_unavailable()
     for site, _ in pairs:
         if site.weight_OI.device.type not in ("cpu", "meta"):
             raise RuntimeError(f"{site.name} is on {site.weight_OI.device}: call model.cpu() before use_int8_")
@@ -122,6 +125,7 @@ def use_int8_(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
     model.eval()
+    refuse_training_(model, (InferenceOnly,))
     blocks = fuse_blocks_(model, sites, bfloat16_attention) if fuse_blocks and pairs else ()
     if bfloat16_attention and pairs and len(blocks) < len(sites.blocks):
         route_attention_(model)

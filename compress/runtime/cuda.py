@@ -21,6 +21,9 @@ from .cuda_modules import CudaFfn, CudaLinear, CudaSlice, TracedInput, runtime_m
 from .cuda_source import INT8, CudaOptions, FloatGemm
 from .cuda_support import CUDA_BACKENDS, CudaBackend, CudaError, cuda_capability
 from .cuda_waiting import use_levels_norms_
+from .inference_only import refuse_training_
+from .int8_linear import InferenceOnly
+from .nonfinite import NonFinite, show_nonfinite_
 from .reference import QuantizedGemm, planned_gemms
 
 
@@ -50,7 +53,7 @@ def use_cuda_(
     All other floating point parameters and buffers are cast to ``options.dtype``. Names of modules stay, parameters of
     the GEMMs go: the result is for inference, gives no gradients and refuses ``train()`` and ``state_dict()``. It
     agrees with :func:`use_reference_` but for the rounding of 16-bit results, and where that moves an input over a
-    rounding boundary; exact integer sums.
+    rounding boundary; exact integer sums. Where the input of any GEMM holds NaN or infinity, the results are NaN.
 
     Args:
         model: in host memory, with its float weights where ``sparse`` names them.
@@ -69,7 +72,8 @@ def use_cuda_(
         cuda_capability(options.device)
     if backend is not None and backend not in CUDA_BACKENDS:
         raise CudaError(f"expected a kernel of {', '.join(CUDA_BACKENDS)}, found {backend!r}")
-    options = replace(options, allow_fp8=options.allow_fp8 or backend == "sparse_fp8")
+    seen = NonFinite(options.device)
+    options = replace(options, allow_fp8=options.allow_fp8 or backend == "sparse_fp8", seen=seen)
     pairs = planned_gemms(model, sites, gemms)
     floats = _float_gemms(sites, sparse, gemms)
     for site in [site for site, _ in pairs] + [site for site, _ in floats]:
@@ -98,8 +102,10 @@ def use_cuda_(
         setattr(model.get_submodule(parent), child, module)
     _cast_(model, options)
     model.register_forward_pre_hook(CastInputs(options.dtype), with_kwargs=True)
-    norms = use_levels_norms_(model) if any(_first(module) in INT8 for module in runtime_modules(model)) else 0
+    norms = use_levels_norms_(model, seen) if any(_first(module) in INT8 for module in runtime_modules(model)) else 0
+    show_nonfinite_(model, seen)
     model.eval()
+    refuse_training_(model, (InferenceOnly,))
     counts: dict[str, int] = {}
     for runtime in runtime_modules(model):
         counts[_first(runtime)] = counts.get(_first(runtime), 0) + 1
@@ -115,17 +121,24 @@ def use_cuda_(
 
 @dataclass(frozen=True)
 class CastInputs:
-    """Forward pre-hook of the whole model: floating point inputs (pixels, waves, masks) in the model's dtype."""
+    """Forward pre-hook of the whole model: floating point inputs (pixels, waves, masks) in the model's dtype. The
+    lowest numbers of a mask stay finite: a row of infinities would have no softmax."""
 
     dtype: torch.dtype
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return tuple(map(self._cast, args)), {name: self._cast(value) for name, value in kwargs.items()}
+        first, others = tuple(map(self._cast, args[:1])), tuple(map(self._cast_mask, args[1:]))
+        cast = {name: (self._cast_mask if "mask" in name else self._cast)(value) for name, value in kwargs.items()}
+        return (*first, *others), cast
 
     def _cast(self, value: Any) -> Any:
         return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def _cast_mask(self, value: Any) -> Any:
+        cast = self._cast(value)
+        return cast if cast is value else cast.clamp_min(torch.finfo(self.dtype).min)
 
 
 def _first(module: CudaLinear | CudaSlice) -> str:

@@ -164,8 +164,9 @@ class CudaGemm:
         elif waiting_TI is not None:
             level_TI = waiting_TI
         else:
-            level_TI = quantize(x_TI, self.levels)
+            level_TI = quantize(x_TI, self.levels, self.options.seen)
         layout, dtype, bias_O = self._layout(backend), self.options.dtype, self._vectors["bias"]
+        seen = self.options.seen
         scaled, biased = self._fused
         if backend == "sparse_int8" and self.levels is not None and scaled and (biased or correction_O is None):
             inside_O = self._vectors["whole_bias"] if biased else None
@@ -174,12 +175,12 @@ class CudaGemm:
             outside_O = None if biased else bias_O
             if outside_O is None and self.activation is None and self.emitted is None:
                 return y_TO
-            return finish(y_TO, bias_O=outside_O, activation=self.activation, emit=self.emitted, dtype=dtype)
+            return finish(y_TO, bias_O=outside_O, activation=self.activation, emit=self.emitted, dtype=dtype, seen=seen)
         algorithm = self._algorithm(layout, level_TI, None, None, torch.int32)
         sum_TO = multiply(layout, level_TI, out_dtype=torch.int32, algorithm=algorithm)
         return finish(
             sum_TO, step_O=step_O, row_T=row_T, correction_O=correction_O, bias_O=bias_O, activation=self.activation,
-            emit=self.emitted, dtype=dtype,
+            emit=self.emitted, dtype=dtype, seen=seen,
         )  # fmt: skip
 
     def _by_range(self, x_TI: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -189,6 +190,7 @@ class CudaGemm:
         assert self._vectors["sum"] is not None
         wide_TI = x_TI.float()
         low, high = wide_TI.aminmax()
+        low, high = low + (high - high), high + (low - low)  # NaN where one is not finite: then all scales are
         if self.input.qmin < 0:
             scale = no_zero_scale(torch.maximum(-low, high) / self.input.qmax)
             level_TI = (wide_TI / scale).round().clamp(self.input.qmin, self.input.qmax)
@@ -215,7 +217,8 @@ class CudaGemm:
         else:
             largest = self.levels.scale * max(-self.levels.low, self.levels.high)
             scale = scale_O.new_full((), largest / FP8_MAX)
-        x8_TI = (x_TI.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        wide_TI = x_TI.float()
+        x8_TI = ((wide_TI / scale).clamp(-FP8_MAX, FP8_MAX) + (wide_TI - wide_TI)).to(torch.float8_e4m3fn)
         algorithm = self._algorithm(layout, x8_TI, None, None, torch.float32)
         y_TO = multiply(layout, x8_TI, out_dtype=torch.float32, algorithm=algorithm)
         return finish(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .choice import Workload
 from .cuda_linear import CudaGemm
-from .int8_linear import SharedInput, _InferenceOnly
+from .int8_linear import InferenceOnly, SharedInput
 
 
 class CudaFfn:
@@ -50,7 +50,7 @@ class CudaFfn:
         self.down.prepare_(kernels)
 
 
-class CudaLinear(_InferenceOnly):
+class CudaLinear(InferenceOnly):
     """In the place of one linear: its own GEMM. ``unit``: what is chosen with it, None where another module has it."""
 
     def __init__(self, gemm: CudaGemm, unit: CudaGemm | CudaFfn | None) -> None:
@@ -89,7 +89,7 @@ class TracedInput(SharedInput):
         return result
 
 
-class CudaSlice(_InferenceOnly):
+class CudaSlice(InferenceOnly):
     """In the place of one linear of several that read the same tensor: some rows of a common GEMM."""
 
     def __init__(self, shared: TracedInput, index: int) -> None:

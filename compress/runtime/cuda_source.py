@@ -18,6 +18,7 @@ from ..quantizers import InputQuantization
 from ..quantizers.rounding import no_zero_scale
 from .cuda_ops import Algorithm
 from .cuda_support import CUDA_BACKENDS, CudaBackend, cuda_capability, supported, works
+from .nonfinite import NonFinite
 from .reference import QuantizedGemm
 from .triton_quantize import Int8Levels
 
@@ -51,6 +52,7 @@ class CudaOptions:
         dynamic: the range of a dynamic input is that of the whole ``tensor``, as in the reference, or of each ``token``
             (symmetric; finer and in one kernel).
         allow_fp8: offer ``sparse_fp8``. check_finite: refuse NaN and infinity in every input; waits for the device.
+        seen: remembers NaN and infinity in inputs without waiting; `use_cuda_` makes it.
         algorithms: found by cuSPARSELt's search, for all GEMMs of one shape. search: look for them.
     """
 
@@ -59,6 +61,7 @@ class CudaOptions:
     dynamic: Literal["tensor", "token"] = "tensor"
     allow_fp8: bool = False
     check_finite: bool = False
+    seen: NonFinite | None = field(default=None, repr=False, compare=False)
     search: bool = True
     algorithms: dict[tuple[Any, ...], Algorithm] = field(default_factory=dict, repr=False)
 

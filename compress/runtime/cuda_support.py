@@ -21,11 +21,11 @@ class CudaError(RuntimeError):
     """CUDA was asked for, and this machine or this PyTorch cannot run it. Nothing has been changed."""
 
 
-def cuda_capability(device: torch.device | str = "cuda") -> tuple[int, int]:
-    """Compute capability of a device that the CUDA runtime can use.
+def check_cuda(device: torch.device | str = "cuda") -> None:
+    """Whether PyTorch can put tensors there, of any compute capability.
 
     Raises:
-        CudaError: PyTorch without CUDA, no such device, or a capability below 8.0.
+        CudaError: PyTorch without CUDA, or no such device.
     """
     if torch.version.cuda is None:
         raise CudaError(
@@ -39,6 +39,15 @@ def cuda_capability(device: torch.device | str = "cuda") -> tuple[int, int]:
     index = torch.device(device).index
     if index is not None and index >= torch.cuda.device_count():
         raise CudaError(f"expected a device below cuda:{torch.cuda.device_count()}, found {device}")
+
+
+def cuda_capability(device: torch.device | str = "cuda") -> tuple[int, int]:
+    """Compute capability of a device that the CUDA runtime can use.
+
+    Raises:
+        CudaError: PyTorch without CUDA, no such device, or a capability below 8.0.
+    """
+    check_cuda(device)
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 0):
         raise CudaError(

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from .nonfinite import NonFinite
 from .triton_quantize import Int8Levels, layer_norm
 
 _WAITING = "squeezoo_levels"  # attribute of a tensor: (levels, version, int8 [T, D]), or the norm that made it
@@ -34,10 +35,14 @@ def waiting_levels(x: Tensor, levels: Int8Levels | None) -> Tensor | None:
 
 class LevelsNorm(nn.Module):
     """In the place of an ``nn.LayerNorm`` over the last dimension, for inference: the same parameters and, once a GEMM
-    has read its output, that GEMM's levels beside it. Called with two tensors it adds them first."""
+    has read its output, that GEMM's levels beside it. Called with two tensors it adds them first.
 
-    def __init__(self, norm: nn.LayerNorm) -> None:
+    ``seen`` remembers NaN and infinity among the levels.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, seen: NonFinite | None = None) -> None:
         super().__init__()
+        self.seen = seen
         self.normalized_shape, self.eps = norm.normalized_shape, norm.eps
         self.weight, self.bias = norm.weight, norm.bias
         self.levels: Int8Levels | None = None
@@ -50,7 +55,7 @@ class LevelsNorm(nn.Module):
         width = self.normalized_shape[-1]
         x_TD = x.reshape(-1, width)
         residual_TD = None if residual is None else residual.expand_as(x).reshape(-1, width)
-        y_TD, level_TD = layer_norm(x_TD, residual_TD, self.weight, self.bias, self.eps, self.levels)
+        y_TD, level_TD = layer_norm(x_TD, residual_TD, self.weight, self.bias, self.eps, self.levels, self.seen)
         y = y_TD.view(x.shape)
         setattr(y, _WAITING, self if level_TD is None else (self.levels, _version(y), level_TD))
         return y
@@ -83,13 +88,13 @@ _RESIDUAL_NORMS = {
 }  # fmt: skip
 
 
-def use_levels_norms_(model: nn.Module) -> int:
+def use_levels_norms_(model: nn.Module, seen: NonFinite | None = None) -> int:
     """Replace every LayerNorm over one dimension, exact class only, and join it with the residual where the module
     around it is known; returns how many. Modules with hooks are left alone."""
     count = 0
     for name, module in list(model.named_modules()):
         if _is_norm(module) and not _hooked(module):
-            _replace_(model, name, LevelsNorm(module))
+            _replace_(model, name, LevelsNorm(module, seen))
             count += 1
     for name, module in list(model.named_modules()):
         key = (type(module).__module__, type(module).__qualname__)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from .inference_only import REFUSED
 from .int8_gemm import Activation, Int8Gemm, Kernel, prefers_plain
 
 __all__ = ["Activation", "Int8Gemm", "Int8Linear", "Int8Slice", "Kernel", "SharedInput", "prefers_plain"]
@@ -52,19 +53,16 @@ class SharedInput:
             self._waiting = None
 
 
-class _InferenceOnly(nn.Module):
+class InferenceOnly(nn.Module):
     """No parameters, no gradients, nothing to save."""
 
     def __init__(self) -> None:
         super().__init__()
         self.training = False
 
-    def train(self, mode: bool = True) -> _InferenceOnly:
+    def train(self, mode: bool = True) -> InferenceOnly:
         if mode:
-            raise RuntimeError(
-                "an int8 model is for inference only and stays in evaluation mode (eval() restores it everywhere); "
-                "train the model that it was made from"
-            )
+            raise RuntimeError(REFUSED)
         return super().train(False)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> NoReturn:
@@ -74,7 +72,7 @@ class _InferenceOnly(nn.Module):
         )
 
 
-class Int8Linear(_InferenceOnly):
+class Int8Linear(InferenceOnly):
     """In the place of one linear: its own GEMM."""
 
     def __init__(self, gemm: Int8Gemm) -> None:
@@ -90,7 +88,7 @@ class Int8Linear(_InferenceOnly):
         return f"in_features={self.in_features}, out_features={self.out_features}{fused}"
 
 
-class Int8Slice(_InferenceOnly):
+class Int8Slice(InferenceOnly):
     """In the place of one linear of several that read the same tensor: some rows of a common GEMM."""
 
     def __init__(self, shared: SharedInput, index: int) -> None:

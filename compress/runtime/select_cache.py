@@ -1,6 +1,6 @@
 """The table of measured kernels in the user's cache: one JSON file per device, its settings and versions.
 
-    $XDG_CACHE_HOME/squeezoo/kernels/<device>-<hash>.json      (~/.cache where the variable is not set)
+    $XDG_CACHE_HOME/squeezoo/kernels/<device>-<hash>.json      (~/.cache where it is not set; ``caches.py``)
     {"format": 1, "device": {...}, "times": {workload: {rows: {kernel: [median, fastest, p10, p90, rounds]}}}}
 
 A file that is damaged, or made by anything else, counts as empty: everything is measured anew.
@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
@@ -21,16 +22,12 @@ from typing import Any
 
 import torch
 
+from .caches import readable_folders, user_cache, writable_folders
 from .select_timing import Sample
 
 FORMAT = 1
+PART = "kernels"  # of the cache
 Times = dict[str, dict[int, dict[str, Sample]]]  # workload key, rows, kernel
-
-
-def cache_folder() -> Path:
-    """Where the tables lie."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "squeezoo" / "kernels"
 
 
 def device_identity(device: torch.device) -> dict[str, Any]:
@@ -58,17 +55,31 @@ def device_identity(device: torch.device) -> dict[str, Any]:
     }
 
 
-def table_path(identity: Mapping[str, Any]) -> Path:
-    """The file of a device."""
+def table_name(identity: Mapping[str, Any]) -> str:
+    """The file name of a device."""
     name = re.sub(r"[^a-z0-9]+", "-", str(identity["name"]).lower()).strip("-")
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    return cache_folder() / f"{name}-{digest}.json"
+    return f"{name}-{digest}.json"
+
+
+def table_path(identity: Mapping[str, Any]) -> Path:
+    """The file of a device: where it lies, else where it would in the user's cache."""
+    name = table_name(identity)
+    found = next((folder / name for folder in readable_folders(PART) if (folder / name).is_file()), None)
+    return found or (user_cache(PART) or Path(tempfile.gettempdir())) / name
 
 
 def read_times(identity: Mapping[str, Any]) -> Times:
     """What was measured on this device; empty where there is nothing, or nothing that can be read."""
+    times: Times = {}
+    for folder in readable_folders(PART):
+        _merge_(times, _read(folder / table_name(identity), identity))
+    return times
+
+
+def _read(path: Path, identity: Mapping[str, Any]) -> Times:
     try:
-        data = json.loads(table_path(identity).read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != FORMAT or data["device"] != json.loads(json.dumps(identity)):
             return {}
         return {
@@ -82,6 +93,11 @@ def read_times(identity: Mapping[str, Any]) -> Times:
         return {}
 
 
+def _merge_(times: Times, new: Times) -> None:
+    for workload, by_rows in new.items():
+        times.setdefault(workload, {}).update(by_rows)
+
+
 def write_times(identity: Mapping[str, Any], new: Times) -> str | None:
     """Add to the file of this device, atomically; None, or why it could not be written (that is no failure).
 
@@ -89,8 +105,7 @@ def write_times(identity: Mapping[str, Any], new: Times) -> str | None:
     other's is measured again.
     """
     times = read_times(identity)
-    for workload, by_rows in new.items():
-        times.setdefault(workload, {}).update(by_rows)
+    _merge_(times, new)
     data = {
         "format": FORMAT,
         "device": dict(identity),
@@ -102,17 +117,20 @@ def write_times(identity: Mapping[str, Any], new: Times) -> str | None:
             for workload, by_rows in sorted(times.items())
         },
     }
-    path = table_path(identity)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        return str(error)
-    return None
+    why = "neither the user's cache nor a temporary folder can be written"
+    for folder in writable_folders(PART):
+        path = folder / table_name(identity)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            why = str(error)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        else:
+            return None
+    return why
 
 
 @cache

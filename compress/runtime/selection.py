@@ -77,7 +77,7 @@ def select_kernels_(
     Raises:
         ValueError: another word for ``measure``.
     """
-    measure = _mode(measure)
+    measure = measuring(measure)
     if measure == "off":
         return Selection(())
     groups = _by_workload(units_of(model))
@@ -204,7 +204,12 @@ def _call(unit: Unit, kernel: str, inputs: tuple[torch.Tensor, ...]) -> Callable
     return lambda: unit.run(kernel, *inputs)
 
 
-def _mode(measure: Measure | None) -> Measure:
+def measuring(measure: Measure | None = None) -> Measure:
+    """What is to be measured: as said, else by the environment.
+
+    Raises:
+        ValueError: another word than those of `select_kernels_`.
+    """
     found = os.environ.get(VARIABLE, "auto") if measure is None else measure
     if found not in ("auto", "off", "again"):
         where = f"${VARIABLE}" if measure is None else "measure"

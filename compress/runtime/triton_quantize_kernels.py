@@ -4,6 +4,9 @@ Levels are rounded half to even, as the reference does it: a division rounded to
 subtraction of 1.5 * 2^23, which leaves no bits behind the point. The clamp in between keeps the compiler from joining
 division and addition into one instruction that rounds once.
 
+Integers have no NaN. So a kernel that writes levels stores NaN to the one number at ``mark_ptr`` when it meets NaN or
+infinity (SEE); a mark that is never made costs nothing (``nonfinite.py``).
+
 This module imports Triton; ``triton_quantize.py`` imports it when it is first needed. Legend: T rows, I in_features,
 O out_features, D width.
 """
@@ -28,30 +31,48 @@ def _levels(x, scale, low, high, shift):
 
 
 @triton.jit
-def quantize_kernel(x_ptr, level_ptr, size, scale, low, high, shift, BLOCK: tl.constexpr):
+def _nan_unless_finite(x):
+    """0 where x is finite, else NaN."""
+    return tl.where(tl.abs(x) < float("inf"), 0.0, float("nan"))
+
+
+@triton.jit
+def _see(mark_ptr, x):
+    """Mark that x, of any shape, holds NaN or infinity."""
+    tl.store(mark_ptr, float("nan"), mask=tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1)) > 0)
+
+
+@triton.jit
+def quantize_kernel(
+    x_ptr, level_ptr, mark_ptr, size, scale, low, high, shift, SEE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Element by element, one scale."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
     tl.store(level_ptr + at, _levels(x, scale, low, high, shift), mask=at < size)
+    if SEE:
+        _see(mark_ptr, x)
 
 
 @triton.jit
 def round_kernel(x_ptr, out_ptr, size, scale, low, high, BLOCK: tl.constexpr):
-    """Element by element: the nearest level as a number."""
+    """Element by element: the nearest level as a number, NaN for NaN and infinity."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, (_steps(x, scale, low, high) * scale).to(out_ptr.dtype.element_ty), mask=at < size)
+    y = _steps(x, scale, low, high) * scale + _nan_unless_finite(x)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=at < size)
 
 
 @triton.jit
 def quantize_rows_kernel(x_ptr, level_ptr, scale_ptr, width, stride_x, highest, BLOCK: tl.constexpr):
-    """One row per program: scale = max|x| / highest (1 where that is too small to divide by), symmetric."""
+    """One row per program: scale = max|x| / highest (1 where that is too small to divide by), symmetric;
+    NaN where one is NaN or infinite."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * stride_x + column, mask=column < width, other=0.0).to(tl.float32)
     scale = tl.div_rn(tl.max(tl.abs(x), 0), highest)
     scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
-    tl.store(scale_ptr + row, scale)
+    tl.store(scale_ptr + row, scale + tl.sum(_nan_unless_finite(x), 0))
     tl.store(level_ptr + row * width + column, _levels(x, scale, -highest, highest, 0), mask=column < width)
 
 
@@ -68,9 +89,10 @@ def _activated(y, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def finish_kernel(
-    sum_ptr, out_ptr, step_ptr, row_ptr, correction_ptr, bias_ptr, rows, features, stride_sum, scale, low, high, shift,
+    sum_ptr, out_ptr, step_ptr, row_ptr, correction_ptr, bias_ptr, mark_ptr, rows, features, stride_sum, scale, low,
+    high, shift,
     STEP: tl.constexpr, ROW: tl.constexpr, CORRECTION: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    EMIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+    EMIT: tl.constexpr, SEE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """(sum + correction_O) * step_O * row_T + bias_O, activation, then levels (EMIT) or the dtype of ``out``."""
     t_T = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -90,15 +112,17 @@ def finish_kernel(
     where = out_ptr + t_T[:, None] * features + o_O[None, :]
     if EMIT:
         tl.store(where, _levels(y, scale, low, high, shift), mask=inside)
+        if SEE:
+            _see(mark_ptr, tl.where(inside, y, 0.0))
     else:
         tl.store(where, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def layer_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, level_ptr, width, stride_x, stride_residual, eps, scale, low,
-    high, shift, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, EMIT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, level_ptr, mark_ptr, width, stride_x, stride_residual, eps,
+    scale, low, high, shift, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, EMIT: tl.constexpr,
+    SEE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row per program: x (+ residual, rounded to the dtype as a separate addition would), norm, levels of it."""
     row = tl.program_id(0).to(tl.int64)
@@ -119,4 +143,7 @@ def layer_norm_kernel(
     y = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + row * width + column, y, mask=inside)
     if EMIT:
-        tl.store(level_ptr + row * width + column, _levels(y.to(tl.float32), scale, low, high, shift), mask=inside)
+        y = y.to(tl.float32)
+        tl.store(level_ptr + row * width + column, _levels(y, scale, low, high, shift), mask=inside)
+        if SEE:
+            _see(mark_ptr, tl.where(inside, y, 0.0))

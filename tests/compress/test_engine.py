@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from squeezoo.compress.finetune import EpochSampler, TrainData, last_complete_ch
 from squeezoo.compress.masks import Pattern, check_nm
 from squeezoo.compress.objective import TrainingError
 from squeezoo.compress.recipe import Recipe, RecipeError
-from squeezoo.models.dense import Dense, load_dense, logits
-from tiny import TINY, tiny_batch
+from squeezoo.models.dense import Dense, DenseError, load_dense, logits
+from tiny import ALL, TIMM_ARGS, TINY, tiny_batch
 
 GPUSQ = Recipe.load("gpusq-gemm-int8").override(epochs=2, learning_rate=1e-3, batch_size=4)
 
@@ -183,12 +184,142 @@ def test_refused_before_anything_is_written(tmp_path):
 def test_an_unfinished_run_of_something_else_is_not_resumed(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        compress(dense_for("bert"), GPUSQ, data_for("bert", after=4), out)
+        compress(dense_for("bert"), GPUSQ, data_for("bert", after=4), out, save_seconds=0)
     other = GPUSQ.override(epochs=1)
     with pytest.raises(RunError, match="--restart"):
         compress(dense_for("bert"), other, data_for("bert"), out)
     compress(dense_for("bert"), other, data_for("bert"), out, restart=True)
     assert (out / "squeezoo.json").is_file()
+
+
+def test_a_run_that_got_nowhere_does_not_stand_in_the_way(tmp_path):
+    """Killed before its first checkpoint, after a magnitude prune of moments: the corrected recipe just runs. After an
+    error there is nothing left to begin with."""
+    out, other = tmp_path / "out", GPUSQ.override(epochs=1)
+    with pytest.raises(KeyboardInterrupt):
+        compress(dense_for("timm_vit"), GPUSQ, data_for("timm_vit", after=2), out)
+    assert (tmp_path / "out.work" / "stage-0.safetensors").is_file()
+    compress(dense_for("timm_vit"), other, data_for("timm_vit"), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(TrainingError):
+        compress(dense_for("timm_vit"), GPUSQ.override(learning_rate=1e30), data_for("timm_vit"), tmp_path / "diverged")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_after_an_error_what_was_trained_stays(tmp_path):
+    """The first training stage is done when the second meets a broken sample: the work folder keeps it."""
+    data = data_for("timm_vit")
+    calls = [0]
+
+    def collate(rows):
+        calls[0] += 1
+        if calls[0] > 12:  # 6 steps, calibration, then stage 4
+            raise ValueError("a broken sample")
+        return data.collate(rows)
+
+    with pytest.raises(ValueError, match="a broken sample"):
+        compress(dense_for("timm_vit"), GPUSQ, TrainData(data.features, collate), tmp_path / "out")
+    assert (tmp_path / "out.work" / "stage-1.safetensors").is_file()
+
+
+def test_teacher_and_student_are_compared_before_the_first_stage(tmp_path):
+    """Blocks that the teacher does not have, cached outputs of augmented data, in stage 4: nothing is written."""
+    from squeezoo.compress.heads import DistillError
+
+    data = data_for("timm_vit")
+    for changes, message in (({"blocks": [9]}, "9"), ({"cache": True}, "cache: false")):
+        body = GPUSQ.model_dump(mode="json")
+        body["stages"][3]["distill"] |= changes
+        with pytest.raises(DistillError, match=rf"stage 4 .*{message}"):
+            compress(dense_for("timm_vit"), Recipe.parse(body), data, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_foreign_teacher_teaches_and_is_on_record(tmp_path):
+    """DistilBERT learns from BERT of its width, whose weights are on record by their hash in the stages that it taught.
+    The student ends elsewhere than with itself as the teacher; a run is not resumed with another teacher."""
+    from squeezoo.compress.checkpoint import load_manifest
+    from squeezoo.compress.fingerprint import weights_digest
+
+    student, teacher = Dense(ALL["distilbert"](), None, "small", None, "transformers"), dense_for("bert")
+    with pytest.raises(KeyboardInterrupt):
+        compress(student, GPUSQ, data_for("distilbert", after=4), tmp_path / "a", teacher=teacher, save_seconds=0)
+    with pytest.raises(RunError, match="another recipe, model or data"):
+        compress(student, GPUSQ, data_for("distilbert"), tmp_path / "a")
+    made = compress(student, GPUSQ, data_for("distilbert"), tmp_path / "a", teacher=teacher)
+    told = {"name": "bert", "revision": None, "sha256": weights_digest(teacher.model)}
+    assert [stage.get("teacher") for stage in made.stages] == [None, told, None, None]  # stage 4 learns from stage 2
+    assert load_manifest(tmp_path / "a").training[1]["teacher"] == told
+    compress(student, GPUSQ, data_for("distilbert"), tmp_path / "b")
+    a, b = (load_file(tmp_path / name / "weights.safetensors") for name in "ab")
+    assert not all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_foreign_teacher_that_cannot_teach_is_refused(tmp_path):
+    from squeezoo.compress.heads import DistillError
+
+    class Words:
+        def __init__(self, *words):
+            self.words = words
+
+        def get_vocab(self):
+            return {word: index for index, word in enumerate(self.words)}
+
+    def refused(error, message, recipe=GPUSQ, student=None, **changes):
+        student, teacher = student or dense_for("bert"), replace(dense_for("bert"), **changes)
+        with pytest.raises(error, match=message):
+            compress(student, recipe, data_for("bert"), tmp_path / "out", teacher=teacher)
+
+    refused(RecipeError, "asp-2-4 learns from no dense teacher", Recipe.load("asp-2-4"))
+    refused(DenseError, "not trained on this task.*classifier", new=("classifier.weight",))
+    student = replace(dense_for("bert"), processor=Words("a", "b"))
+    refused(
+        DistillError,
+        r"another tokenizer \(3 tokens, the student's 2\)",
+        student=student,
+        processor=Words("a", "b", "c"),
+    )
+    swapped = ALL["bert"]()
+    swapped.config.label2id = {"LABEL_0": 1, "LABEL_1": 0, "LABEL_2": 2}
+    refused(DistillError, "numbers its labels", model=swapped)
+    wide = load_dense("timm/vit_tiny_patch16_224", model_args=TIMM_ARGS | {"embed_dim": 64}).model
+    with pytest.raises(DistillError, match=r"stage 2 of recipe .*64.*32"):
+        compress(dense_for("timm_vit"), GPUSQ, data_for("timm_vit"), tmp_path / "out", teacher=wide)
+    more = load_dense("timm/vit_tiny_patch16_224", model_args=TIMM_ARGS | {"num_classes": 5}).model
+    with pytest.raises(DistillError, match="the teacher scores 5 labels, the student 3"):
+        compress(dense_for("timm_vit"), GPUSQ, data_for("timm_vit"), tmp_path / "out", teacher=more)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["bert", "timm_vit"])
+def test_a_changed_row_anywhere_is_other_data(name, tmp_path):
+    """Two rows in the middle change places, or one value changes: the run is not resumed with them."""
+    data = data_for(name)
+    with pytest.raises(KeyboardInterrupt):
+        compress(dense_for(name), GPUSQ, data_for(name, after=4), tmp_path / "out", save_seconds=0)
+    swapped = list(data.features)
+    swapped[4], swapped[5] = swapped[5], swapped[4]
+    key = next(key for key in data.features[0] if key != "labels")
+    changed = list(data.features)
+    changed[6] = {**changed[6], key: changed[6][key].clone()}
+    changed[6][key].view(-1)[-1] += 1
+    for features in (swapped, changed, data.features[:-1]):
+        with pytest.raises(RunError, match="another recipe, model or data"):
+            compress(dense_for(name), GPUSQ, TrainData(features, data.collate, data.augment), tmp_path / "out")
+    compress(dense_for(name), GPUSQ, data_for(name), tmp_path / "out")
+
+
+def test_a_broken_model_is_refused_with_its_weight(tmp_path):
+    """Also by a recipe that reads no data, as dynamic quantization."""
+    for recipe, data in (("dq", None), (GPUSQ, data_for("bert"))):
+        dense = dense_for("bert")
+        with torch.no_grad():
+            dense.model.bert.encoder.layer[1].output.LayerNorm.weight[3] = float("nan")
+        with pytest.raises(
+            DenseError, match=r"layer\.1\.output\.LayerNorm\.weight of bert .*1 of 32 values.*sound model"
+        ):
+            compress(dense, recipe, data, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_diverging_loss_stops_with_its_step(tmp_path):

@@ -290,3 +290,49 @@ def test_weights_that_cannot_be_ranked_stop_the_run(policy, tmp_path):
     ):
         finetune_(student, stage, data_for("bert"), tmp_path)
     assert not any(p.apply_mask for _, _, p in compressed_weights(student))
+
+
+def test_a_stage_stops_at_its_loss_and_a_cut_run_at_the_same_step(tmp_path, monkeypatch):
+    """GPUSQ-TLM's thresholds (ALGORITHMS E.1): the loop ends at that running loss, or at its epochs."""
+    from squeezoo.compress.running_loss import RunningLoss
+
+    seen: list[float] = []
+    add_ = RunningLoss.add_
+    monkeypatch.setattr(RunningLoss, "add_", lambda self, loss: (add_(self, loss), seen.append(self.value)))
+    student, stage = begin("fixed")
+    never = stage.model_copy(update={"stop_at_loss": 1e-9})
+    assert finetune_(student, never, data_for("bert"), tmp_path / "never")["steps"] == 6
+    stop = next(step for step in range(2, 6) if seen[step - 1] < min(seen[: step - 1]))  # 1-based
+    stage = stage.model_copy(update={"stop_at_loss": seen[stop - 1]})
+    said: list[str] = []
+    student, _ = begin("fixed")
+    whole = finetune_(student, stage, data_for("bert"), tmp_path / "whole", say=said.append)
+    assert whole["steps"] == stop
+    assert whole["history"] == [{"step": stop, "kind": "stopped", "loss": seen[stop - 1]}]
+    assert f"stops after {stop} of 6 steps" in said[-1]
+    cut_run(begin("fixed")[0], stage, tmp_path / "cut", stop - 1)
+    again, _ = begin("fixed")
+    resumed = finetune_(again, stage, data_for("bert"), tmp_path / "cut", save_seconds=0)
+    assert (resumed["resumed_at"], resumed["steps"]) == (stop - 1, stop)
+    assert states_equal(student, again)
+    assert resumed["history"] == whole["history"]
+
+
+def test_the_running_loss_is_the_decaying_mean_and_goes_into_checkpoints():
+    from squeezoo.compress.running_loss import DECAY, RunningLoss
+
+    losses, running = [3.0, 1.0, 0.5], RunningLoss()
+    for loss in losses:
+        running.add_(torch.tensor(loss))
+    weights = [DECAY**age for age in (2, 1, 0)]
+    expected = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
+    assert running.value == pytest.approx(expected)
+    again = RunningLoss()
+    again.load_state_dict(running.state_dict())
+    assert again.value == running.value
+
+
+def test_policies_that_need_all_their_steps_refuse_to_stop_early():
+    data = stage_for("fixed").model_dump() | {"policy": ADMM, "stop_at_loss": 1.0}
+    with pytest.raises(ValueError, match="stop_at_loss: policy admm needs all its steps"):
+        type(stage_for("fixed")).model_validate(data)

@@ -125,3 +125,30 @@ def test_a_dense_model_has_nothing_to_inherit():
     with pytest.raises(MaskError, match=r"expected 70\.0000% zeros to inherit, found 59\.98.*has the fewest"):
         inherit_masks_(again)
     assert all(mask.all() for mask in masks(again).values())
+
+
+def test_a_matrix_that_the_pruned_model_did_not_have_stays_dense():
+    """Only outside the blocks: a dense matrix inside one counts, and a dense model has nothing to inherit."""
+    model = attached("bert", "70%")
+    magnitude_masks_(model)
+    expected = masks(model)
+    fold_(model)
+    again = attached("bert", "70%", model, roles=("block", "pooler"))
+    assert inherit_masks_(again) == ("bert.pooler.dense",)
+    found = masks(again)
+    assert found.pop("bert.pooler.dense").all()
+    assert all(torch.equal(mask, expected[name]) for name, mask in found.items())
+    fold_(again)
+    with torch.no_grad():
+        again.bert.encoder.layer[0].output.dense.weight.fill_(1.0)
+    with pytest.raises(MaskError, match=r"found 6.*layer\.0\.output\.dense has the fewest: 0\.0000%"):
+        inherit_masks_(attached("bert", "70%", again, roles=("block", "pooler")))
+    with pytest.raises(MaskError, match=r"found 0\.0000%"):
+        inherit_masks_(attached("bert", "70%", roles=("block", "pooler")))
+
+
+def test_all_matrices_inherit_where_none_is_new():
+    model = attached("bert", "70%", roles=("block", "pooler"))
+    magnitude_masks_(model, "global")
+    fold_(model)
+    assert inherit_masks_(attached("bert", "70%", model, roles=("block", "pooler"))) == ()

@@ -7,8 +7,11 @@ import pytest
 import torch
 from squeezoo.compress.distill import Pair
 from squeezoo.compress.heads import DistillError, Supervision
-from squeezoo.compress.patient import check_token, first_token, patience_loss, patient_terms
-from squeezoo.compress.stages import Patient
+from squeezoo.compress.objective import Objective
+from squeezoo.compress.observe import Observer, available_points
+from squeezoo.compress.patient import check_token, one_state, patience_loss, patient_terms
+from squeezoo.compress.stages import Finetune, Patient
+from tiny import ALL, tiny_batch
 
 VECTOR = json.loads((Path(__file__).parents[1] / "vectors" / "distillation.json").read_text())
 CASES = {"alpha0.2_T5": (0.2, 5.0), "alpha0.7_T10": (0.7, 10.0), "alpha0.5_T20": (0.5, 20.0)}
@@ -73,12 +76,75 @@ def test_patience_does_not_see_the_length_of_states():
     assert torch.isfinite(zero.grad).all()
 
 
-def test_first_token_is_the_first_real_one():
-    """[CLS] stands behind the padding of batches that are padded on the left."""
+def test_one_state_is_that_of_the_first_or_last_real_token():
+    """[CLS] stands behind padding on the left, the last token before padding on the right."""
     state = torch.arange(8.0).view(2, 4, 1)
     mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]], dtype=torch.bool)
-    assert first_token(state, mask).flatten().tolist() == [0.0, 6.0]
-    assert first_token(state, None).flatten().tolist() == [0.0, 4.0]
+    assert one_state(state, mask).flatten().tolist() == [0.0, 6.0]
+    assert one_state(state, None).flatten().tolist() == [0.0, 4.0]
+    assert one_state(state, mask, causal=True).flatten().tolist() == [2.0, 7.0]
+    assert one_state(state, None, causal=True).flatten().tolist() == [3.0, 7.0]
+
+
+def read_by_head(model, state_BD):
+    """Scores from the last block's state that a model's own head reads, without its blocks."""
+    if hasattr(model, "classification_head"):  # BART: the last </s> of the decoder
+        return model.classification_head(state_BD)
+    for name in ("transformer.ln_f", "model.norm", "model.decoder.project_out"):  # GPT-2, Llama, OPT
+        try:
+            return model.score(model.get_submodule(name)(state_BD))
+        except AttributeError:
+            continue
+    hidden_B1D = state_BD.unsqueeze(1)
+    return model.classifier(model.bert.pooler(hidden_B1D))
+
+
+CAUSAL = ("gpt2_classification", "llama_classification", "opt_projected")
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        *((name, side) for name in CAUSAL for side in ("right", "left")),
+        ("bart_classification", "right"),
+        ("bert", "right"),
+    ],
+)
+def test_the_compared_state_is_the_one_that_the_head_reads(name, side):
+    """Of the last block, put through the model's own head: its scores. The first token's state in a causal model would
+    be the same whatever the text says."""
+    model, batch = ALL[name](), tiny_batch(name)
+    if side == "left":
+        length = batch["attention_mask"].sum(dim=1)
+        for key in ("input_ids", "attention_mask"):
+            rows = [row.roll(int(row.numel() - n)) for row, n in zip(batch[key], length, strict=True)]
+            batch[key] = torch.stack(rows)
+    config = Patient(method="patient")
+    last = available_points(model, config)[-1]
+    with torch.no_grad():
+        seen = Observer(model, [last], only_first=True)(batch)
+        (state_B1D,) = seen.features
+        assert state_B1D.shape[:2] == (4, 1)
+        torch.testing.assert_close(read_by_head(model, state_B1D[:, 0]), seen.scores)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_causal_classifier_learns_from_its_text(name):
+    """Another text after the same first token: another patience term, against the same teacher."""
+    model, batch = ALL[name](), tiny_batch(name)
+    stage = Finetune(stage="finetune", epochs=1, learning_rate=1e-3, distill={"method": "patient", "blocks": [1, 2]})
+    teacher = ALL[name]()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.2)
+    objective = Objective(model, stage, teacher, None, 0)
+    other = batch | {"input_ids": batch["input_ids"].clone()}
+    other["input_ids"][:, 1:6] = other["input_ids"][:, 1:6].flip(0)
+    terms = []
+    for given in (batch, other):
+        objective(**given)
+        terms.append(float(objective.terms["patience"]))
+    assert terms[0] != pytest.approx(terms[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["token", "causal", "masked", "seq2seq", "ctc"])

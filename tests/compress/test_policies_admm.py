@@ -1,13 +1,16 @@
 """ADMM against `admm_nm.json`, `admm_unstructured.json` and `mask_similarity.json` (float64 traces by hand)."""
 
+import re
+
 import pytest
 import torch
-from policy_cases import double, latent, layer, parametrization, vector
+from policy_cases import data_for, double, latent, layer, parametrization, vector
 from squeezoo.compress.masks import Pattern, check_nm, magnitude_mask
 from squeezoo.compress.objective import TrainingError
 from squeezoo.compress.policies import AdmmPolicy
-from squeezoo.compress.policies.admm import iteration_ends, next_target, shifted, split_target
+from squeezoo.compress.policies.admm import iteration_ends, next_target, schedule_note, shifted, split_target
 from squeezoo.compress.policies.base import mask_similarity
+from squeezoo.compress.recipe import Recipe
 from squeezoo.compress.stages import Admm
 
 NM = vector("admm_nm")
@@ -185,3 +188,37 @@ def test_refused():
         Admm(method="admm", rho=-1e-3)
     with pytest.raises(TrainingError, match="policy admm moves masks, but no attached GEMM has sparsity"):
         AdmmPolicy(torch.nn.Sequential(torch.nn.Linear(4, 4)), Admm(method="admm"), 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "total", "per_epoch", "samples", "message"),
+    [
+        ({}, 800, 80, 2560, ""),  # one iteration an epoch, 10 of 80 steps
+        ({}, 2000, 2000, 64000, ""),  # max(80, 2000 // 50): 25 of 80
+        ({}, 575, 115, 3668, r"5 iterations of 115 steps, .* write `epochs: 10` or more \(or `steps: 1150` instead"),
+        ({}, 780, 78, 2490, r"10 iterations of 78 steps, .* write `steps: 80` in the policy and `epochs: 11` or more"),
+        ({"steps": 40}, 800, 100, 3200, r"20 iterations of 40 steps, .* `steps: 80` in the policy and `epochs: 8` or"),
+        ({"masked_epochs": 5}, 1000, 100, 3200, r"5 iterations of 100 steps, .* write `epochs: 15` or more"),
+        ({"steps": 100}, 50, 25, 400, r"1 iteration of 50 steps"),
+    ],
+)
+def test_schedules_too_short_for_admm_are_told(settings, total, per_epoch, samples, message):
+    """ALGORITHMS B.3: an iteration needs at least 80 steps, and there must be at least 10."""
+    note = schedule_note(Admm(method="admm", **settings), total, per_epoch, samples)
+    assert re.search(message, note) if message else note == ""
+
+
+def test_a_run_says_that_its_admm_is_short_before_it_trains(tmp_path):
+    """Once, by the engine; a stage of another policy says nothing."""
+    from squeezoo.compress.engine import compress
+    from squeezoo.models.dense import Dense
+    from tiny import TINY
+
+    for recipe, expected in (("nxm-admm", 1), ("asp-2-4", 0)):
+        said = []
+        dense = Dense(TINY["timm_vit"](), None, "tiny", None, "timm")
+        chosen = Recipe.load(recipe).override(epochs=1, batch_size=4)
+        compress(dense, chosen, data_for("timm_vit"), tmp_path / recipe, say=said.append)
+        found = [i for i, line in enumerate(said) if "needs at least 10 of at least 80" in line]
+        assert found == [0] * expected
+        assert all(said[i].startswith("note: stage 1: ADMM will have 1 iteration of 3 steps") for i in found)

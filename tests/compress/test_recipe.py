@@ -94,6 +94,37 @@ def test_faults_name_file_key_and_what_is_allowed(tmp_path, edits, message):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("where", "record"),
+    [
+        ("stages__2__learning_rate", None),
+        ("stages__2__epochs", None),
+        ("stages__2__weight_decay", None),
+        ("stages__2__max_grad_norm", None),
+        ("stages__2__distill__soft", None),
+        ("stages__2__distill__temperature", None),
+        ("stages__2__policy__rho", {"method": "admm"}),
+        ("stages__2__policy__decay", {"method": "sr_ste"}),
+        ("stages__0__damping", None),
+    ],
+)
+@pytest.mark.parametrize("value", [".inf", ".nan", "1.0e+400"])
+def test_numbers_that_are_not_finite_are_refused(where, record, value, tmp_path):
+    """As YAML writes them; 1.0e+400 is more than a float holds."""
+    edits = {where.rpartition("__")[0]: record} if record else {}
+    data = changed(**edits, **{where: "PLACE"})
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data).replace("PLACE", value))
+    with pytest.raises(
+        RecipeError, match=rf"{where.replace('__', '.')}: Input should be a finite number, found (inf|nan)"
+    ):
+        Recipe.load(tmp_path / "mine.yaml")
+
+
+def test_settings_of_the_command_line_are_finite_too():
+    with pytest.raises(RecipeError, match=r"learning_rate: Input should be a finite number, found inf"):
+        Recipe.load("dense").override(learning_rate=float("inf"))
+
+
 def test_a_missing_key_is_named(tmp_path):
     data = changed()
     del data["stages"][2]["epochs"]

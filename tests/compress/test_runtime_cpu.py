@@ -325,9 +325,13 @@ def test_an_int8_model_refuses_training_and_state_dict() -> None:
     """Both would silently do nothing, or leave the matrices out of a file."""
     fast, _, _, _ = pair("timm_vit")
     assert not any(module.training for module in fast.modules())
-    with pytest.raises(RuntimeError, match="inference only"):
-        fast.train()
-    fast.eval()
+    for model in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        for part in (model, model.blocks, model.blocks[0], model.blocks[0].attn.qkv):
+            with pytest.raises(RuntimeError, match="inference only"):
+                part.train()
+        assert not any(module.training for module in model.modules())  # none of them has been changed
+        assert model.eval() is model
+        assert model.train(False) is model
     with pytest.raises(RuntimeError, match=r"blocks\.0\.attn\.qkv is an int8 runtime module"):
         fast.state_dict()
 

@@ -6,7 +6,9 @@ import copy
 import itertools
 import json
 import math
+import os
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from gemms import DYNAMIC, TOY, Toy, asymmetric, quantize, random_gemm, symmetric
 from hypothesis import given
 from hypothesis import strategies as st
-from squeezoo.compress.runtime import int8_supported, selection, use_int8_, use_reference_
+from squeezoo.compress.runtime import caches, int8_supported, selection, use_int8_, use_reference_
 from squeezoo.compress.runtime.candidates import units_of
 from squeezoo.compress.runtime.choice import EVER, MARGIN, Choice, winner
 from squeezoo.compress.runtime.int8_gemm import Int8Gemm
@@ -126,11 +128,45 @@ def test_a_damaged_table_counts_as_empty(damage: Any) -> None:
     assert read_times(identity) == {"linear 8x8": {1: {"a": SAMPLE}}}
 
 
-def test_a_cache_that_cannot_be_written_is_told_and_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_told_and_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file where the cache should be: a private temporary folder keeps the times, and it is said once; where that
+    cannot be either, why."""
     (tmp_path / "file").write_text("")
+    (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert write_times(device_identity(CPU), {"linear 8x8": {1: {"a": SAMPLE}}}) is not None
-    assert read_times(device_identity(CPU)) == {}
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    caches._private_root.cache_clear()
+    caches._say_private.cache_clear()
+    identity = device_identity(CPU)
+    for rows in (1, 4):
+        assert write_times(identity, {"linear 8x8": {rows: {"a": SAMPLE}}}) is None
+    assert read_times(identity) == {"linear 8x8": {1: {"a": SAMPLE}, 4: {"a": SAMPLE}}}
+    assert table_path(identity).parent == tmp_path / "tmp" / f"squeezoo-{os.getuid()}" / "kernels"
+    assert len(caplog.records) == 1
+    assert "so Squeezoo keeps its folder 'kernels' in" in caplog.text
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    caches._private_root.cache_clear()
+    assert write_times(identity, {"linear 8x8": {1: {"a": SAMPLE}}}) is not None
+    assert read_times(identity) == {}
+    caches._private_root.cache_clear()
+
+
+def test_a_ready_table_that_cannot_be_written_is_read_and_added_to_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an image whose cache is read-only: what it holds counts, what is measured later too."""
+    identity = device_identity(CPU)
+    assert write_times(identity, {"linear 8x8": {1: {"a": SAMPLE}}}) is None
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    caches._private_root.cache_clear()
+    real = os.access
+    usual = table_path(identity).parent
+    monkeypatch.setattr(caches.os, "access", lambda path, mode: Path(path) != usual and real(path, mode))
+    assert write_times(identity, {"linear 8x8": {4: {"a": SAMPLE}}}) is None
+    assert read_times(identity) == {"linear 8x8": {1: {"a": SAMPLE}, 4: {"a": SAMPLE}}}
+    caches._private_root.cache_clear()
 
 
 def toy(width: int = 20) -> tuple[nn.Module, nn.Module]:

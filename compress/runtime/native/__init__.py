@@ -6,7 +6,17 @@ then computes the same with PyTorch's operators.
 
 from __future__ import annotations
 
-from .kernels import attention, available, has_bfloat16, layer_norm, quantize
+from .kernels import attention, available, has_bfloat16, layer_norm, quantize, say_if_unavailable
 from .matrix import DENSE_SPAN, NativeGemm, supported
 
-__all__ = ["DENSE_SPAN", "NativeGemm", "attention", "available", "has_bfloat16", "layer_norm", "quantize", "supported"]
+__all__ = [
+    "DENSE_SPAN",
+    "NativeGemm",
+    "attention",
+    "available",
+    "has_bfloat16",
+    "layer_norm",
+    "quantize",
+    "say_if_unavailable",
+    "supported",
+]

@@ -7,6 +7,7 @@ All tensors are on the CPU and float32 unless said otherwise; the caller sees to
 from __future__ import annotations
 
 import ctypes
+import warnings
 from ctypes import addressof
 from functools import cache
 from typing import Any
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..levels import Levels, MapLevels, not_finite
-from .build import BuildError
-from .library import CAttention, CMapLevels, CMask, CNorm, c_levels, load
+from .build import BuildError, is_linux_x86
+from .library import CAttention, CMapLevels, CMask, CNorm, c_levels, load, missing_instructions
 from .matrix import NativeGemm
 
 
@@ -30,6 +31,18 @@ def available() -> tuple[bool, str]:
     if not _is_exact():
         return False, "the native kernels do not add up exactly on this CPU"
     return True, "native kernels with AVX-512 VNNI"
+
+
+@cache
+def say_if_unavailable() -> None:
+    """Warn, once per process, where this CPU could run the native kernels and something else is in the way."""
+    runs, why = available()
+    if not runs and is_linux_x86() and not missing_instructions():
+        warnings.warn(
+            f"int8 models run on PyTorch's own operators, which are slower than the native kernels: {why}",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def _is_exact() -> bool:

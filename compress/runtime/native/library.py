@@ -11,7 +11,7 @@ import torch
 from ..levels import Levels
 from .build import BuildError, library_path
 
-_NEEDED = ("avx512_f", "avx512_cd", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vnni", "fma3", "f16c", "bmi2")
+NEEDED = ("avx512_f", "avx512_cd", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vnni", "fma3", "f16c", "bmi2")
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
@@ -83,7 +83,7 @@ def load() -> Any:
     Raises:
         BuildError: it cannot be compiled or loaded here, or this CPU lacks its instructions.
     """
-    missing = _missing_instructions()
+    missing = missing_instructions()
     if missing:
         raise BuildError(f"the CPU lacks {', '.join(missing)}, which the native kernels are made of")
     path = library_path()
@@ -97,8 +97,9 @@ def load() -> Any:
     return library
 
 
-def _missing_instructions() -> list[str]:
+def missing_instructions() -> list[str]:
+    """Those that the kernels are made of and this CPU lacks."""
     if not hasattr(torch.cpu, "get_capabilities"):
         return ["a PyTorch that can name its instructions (torch.cpu.get_capabilities)"]
     found = torch.cpu.get_capabilities()
-    return [name for name in _NEEDED if not found.get(name)]
+    return [name for name in NEEDED if not found.get(name)]
