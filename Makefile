@@ -37,21 +37,22 @@ test-slow: $(VENV)/.minilm $(VENV)/.smollm2
 test-gpu: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m gpu -n 8 tests/gpu tests/test_bench.py
 
-# fairseq and megatron-core in an environment of their own. fairseq is compiled (minutes) without build isolation, which
-# would fetch a CUDA build of torch to compile against.
+# fairseq, megatron-core, BERTScore and the CTC beam search in an environment of their own. fairseq is compiled (minutes)
+# without build isolation, which would fetch a CUDA build of torch to compile against; pyctcdecode asks for an old NumPy.
 EXTRAS     := .venv-extras
 EXTRAS_PIP := $(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-extras.txt
 
 $(EXTRAS)/.installed: pyproject.toml constraints.txt constraints-extras.txt
 	test -x $(EXTRAS)/bin/python || $(PYTHON) -m venv $(EXTRAS)
-	$(EXTRAS_PIP) -e '.[dev]'
+	$(EXTRAS_PIP) -e '.[dev,eval]' bert-score
 	$(EXTRAS_PIP) setuptools wheel cython hydra-core omegaconf bitarray cffi regex sacrebleu tqdm scikit-learn
 	$(EXTRAS_PIP) --no-deps --no-build-isolation fairseq-fixed
 	$(EXTRAS_PIP) --no-deps megatron-core
+	$(EXTRAS_PIP) --no-deps pyctcdecode pygtrie kenlm
 	touch $@
 
 test-extras: $(EXTRAS)/.installed
-	$(EXTRAS)/bin/python -m pytest tests/extras
+	$(EXTRAS)/bin/python -m pytest tests/extras tests/eval/test_eval_bertscore.py tests/eval/test_eval_speech_decode.py
 
 # The tables of README.md and results/README.md, from the files in results/.
 tables: $(STAMP)

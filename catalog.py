@@ -14,6 +14,7 @@ Data = Any
 
 def zoo(pattern: str) -> tuple[Data, Table]:
     """The published models whose names match a shell pattern."""
+    from .eval.ratio import speed_up
     from .zoo_cards.hub import info, list_models
 
     records = [info(name) for name in list_models(pattern)]
@@ -22,7 +23,7 @@ def zoo(pattern: str) -> tuple[Data, Table]:
         table.add_column(column, justify="left" if column == "name" else "right", no_wrap=True)
     for r in records:
         scores = ["-" if r[key] is None else f"{r[key]:.4f}" for key in ("dense", "compressed")]
-        speed = "-" if r["speed_up"] is None else f"{r['speed_up']:.2f}x"
+        speed = "-" if r["speed_up"] is None else speed_up(r["speed_up"])
         table.add_row(r["name"], r["metric"] or "-", *scores, speed)
     return records, table
 
@@ -128,13 +129,13 @@ def tasks() -> tuple[Data, Table]:
 
 def doctor() -> tuple[Data, Table]:
     """Versions, processor and GPU features, and what the runtime can use here."""
-    from .compress.runtime import int8_supported
+    from .compress.runtime.diagnosis import runtime_report
     from .eval.environment import environment
 
     data = environment()
-    supported, reason = int8_supported()
-    data["runtime"] = {"int8": {"supported": supported, "note": reason}, "reference": {"supported": True, "note": ""}}
-    table = Table("what", "found")
+    data["runtime"] = runtime = runtime_report()
+    table = Table("what")
+    table.add_column("found", overflow="fold")  # paths whole
     cpu = data["cpu"]
     table.add_row("processor", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads")
     table.add_row("features", ", ".join(cpu["features"]) or "none that matter")
@@ -142,6 +143,22 @@ def doctor() -> tuple[Data, Table]:
     table.add_row("GPU", ", ".join(gpus) or "none that PyTorch can use")
     for name, version in data["libraries"].items():
         table.add_row(name, version)
-    table.add_row("backend int8", f"{'yes' if supported else 'no'}{': ' if reason else ''}{reason}")
-    table.add_row("backend reference", "yes (float32, slow; repeats the training-time arithmetic)")
+    for name in ("int8", "native", "cuda", "triton", "selection", "reference"):
+        part = runtime[name]
+        table.add_row(_PARTS[name], f"{'yes' if part['supported'] else 'no'}: {part['note']}")
+        for key in ("compiler", "library", "instructions", "cusparselt", "folder"):
+            if part.get(key):
+                table.add_row(f"  {key}", ", ".join(part[key]) if isinstance(part[key], list) else str(part[key]))
+        for kernel, found in part.get("kernels", {}).items():
+            table.add_row(f"  {kernel}", "yes" if found is True else f"no: {found}")
     return data, table
+
+
+_PARTS = {
+    "int8": "backend int8",
+    "native": "native int8 kernels",
+    "cuda": "backend cuda",
+    "triton": "Triton kernels",
+    "selection": "measured times",
+    "reference": "backend reference",
+}

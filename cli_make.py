@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from enum import Enum
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from .terminal import (
     DataDir,
+    DenseModel,
     Device,
     Energy,
     EnergyOption,
@@ -19,7 +19,6 @@ from .terminal import (
     JsonFlag,
     LearningRate,
     MaxLength,
-    Model,
     Out,
     Precision,
     Restart,
@@ -34,12 +33,14 @@ from .terminal import (
     show_json,
 )
 
-
-class SearchMethod(str, Enum):
-    """How trials are drawn from a search space."""
-
-    grid = "grid"
-    random = "random"
+EvalEachEpoch = Annotated[
+    bool,
+    typer.Option(
+        "--eval-each-epoch",
+        help="score the model after each epoch as it would be saved then, on the task's validation split or, where it "
+        "has none, on a tenth of the training rows, which are not trained on then; goes to training_log.jsonl",
+    ),
+]
 
 
 @command
@@ -60,7 +61,7 @@ def quickstart(
 
 @command
 def plan(
-    model: Model,
+    model: DenseModel,
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="name or .yaml file, see `squeezoo recipes`")],
     json_: JsonFlag = False,
 ) -> None:
@@ -70,9 +71,10 @@ def plan(
     """
     from .compress.plan import make_plan
     from .compress.recipe import Recipe
-    from .models.dense import load_dense
+    from .pipeline import load_for
 
-    made = make_plan(load_dense(model, kind="auto").model, Recipe.load(recipe))
+    chosen = Recipe.load(recipe)
+    made = make_plan(load_for(model, None).model, chosen)
     if json_:
         show_json(made.to_dict())
     else:
@@ -81,7 +83,7 @@ def plan(
 
 @command
 def permute(
-    model: Model,
+    model: DenseModel,
     pattern: Annotated[str, typer.Option(help="N:M of the block GEMMs")] = "2:4",
     out_dir: Annotated[Path | None, typer.Option("--out", "-o", help="write the permuted dense model here")] = None,
     json_: JsonFlag = False,
@@ -93,10 +95,12 @@ def permute(
     """
     from .compress.masks import Pattern
     from .compress.permute import describe_permuted, permute_dense_
-    from .models.dense import load_dense, save_dense
+    from .models.dense import save_dense
+    from .pipeline import load_for
 
-    dense = load_dense(model, kind="auto")
-    found, error = permute_dense_(dense.model, Pattern.parse(pattern))
+    chosen = Pattern.parse(pattern)
+    dense = load_for(model, None)
+    found, error = permute_dense_(dense.model, chosen)
     if out_dir is not None:
         save_dense(dense.model, dense.processor, out_dir)
     if json_:
@@ -111,10 +115,11 @@ def permute(
 
 @command
 def finetune(
-    model: Model,
+    model: DenseModel,
     task: Task,
     out_dir: Out,
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="a recipe without rules")] = "dense",
+    eval_each_epoch: EvalEachEpoch = False,
     data_dir: DataDir = None,
     epochs: Epochs = None,
     learning_rate: LearningRate = None,
@@ -130,7 +135,8 @@ def finetune(
 ) -> None:
     """Fine-tune the dense baseline; writes an ordinary transformers or timm folder. Resumes when killed.
 
-    Epochs, rate, batch and length are those of the task's paper where the command does not say them.
+    What the command does not say is as in the task's paper: epochs, rate, batch of one device, length, and where it
+    names them optimizer, schedule, warm-up and clipping.
 
     Example: squeezoo finetune minilm-l6 --task glue/mrpc --data-dir DATA --epochs 5 --out runs/minilm-l6.mrpc.dense
     """
@@ -140,35 +146,38 @@ def finetune(
     from .pipeline import load_for, recording_energy, training_data
 
     of_task = get_task(task)
-    paper = of_task.finetune
-    if recipe == "dense" and paper is not None and None in (epochs, learning_rate, batch_size):
-        say(f"settings that are not given: {paper.source}")
-        epochs = paper.epochs if epochs is None else epochs
-        learning_rate = paper.learning_rate if learning_rate is None else learning_rate
-        batch_size = paper.batch_size if batch_size is None else batch_size
-    dense = load_for(model, of_task, seed=seed or 0)
-    chosen = _recipe(recipe, epochs, learning_rate, batch_size, seed, precision)
+    paper = of_task.finetune if recipe == "dense" else None
+    if paper is not None:
+        say(f"settings that are not given: {paper}")
+    dense = load_for(model, of_task, seed=seed or 0, retrain=True)
+    chosen = _recipe(recipe, epochs, learning_rate, batch_size, seed, precision, paper=paper)
+    trained_on, scores = _scored(eval_each_epoch, of_task, chosen, dense, data_dir, max_length, device)
     data = training_data(
-        task, dense.processor, data_dir=data_dir, max_length=max_length, limit=limit, model=dense.model
+        trained_on, dense.processor, data_dir=data_dir, max_length=max_length, limit=limit, model=dense.model
     )
-    with recording_energy(out_dir, energy.value, device):
+    with recording_energy(out_dir, energy.value, device, restart):
         made = train_dense(
-            dense, chosen, data, out_dir, device=device, restart=restart, hardware=device_name(device), say=say
-        )
+            dense, chosen, data, out_dir,
+            evaluate=scores, device=device, restart=restart, hardware=device_name(device), say=say,
+        )  # fmt: skip
     _show_run(made, json_)
 
 
 @command
 def compress(
-    model: Model,
+    model: DenseModel,
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="name or .yaml file, see `squeezoo recipes`")],
     out_dir: Out,
     task: Annotated[str | None, typer.Option("--task", "-t", help="trains on it; see `squeezoo tasks`")] = None,
     name: Annotated[str | None, typer.Option(help="<model>.<task>.<recipe>; default: the folder's name")] = None,
     pretrained: Annotated[str | None, typer.Option(help="the model before fine-tuning; pkd recipes need it")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="a dense model of the same task to learn from, instead of MODEL")
+    ] = None,
     attention: Annotated[str | None, typer.Option(help="N:M of attention maps, instead of the recipe's")] = None,
     blocks: Annotated[int | None, typer.Option(help="of a pkd recipe's student, instead of its own")] = None,
     permute: Annotated[bool, typer.Option("--permute", help="reorder channels so that N:M keeps more")] = False,
+    eval_each_epoch: EvalEachEpoch = False,
     data_dir: DataDir = None,
     epochs: Epochs = None,
     learning_rate: LearningRate = None,
@@ -196,17 +205,39 @@ def compress(
     of_task = None if task is None else get_task(task)
     dense = load_for(model, of_task, seed=seed or 0)
     ancestor = None if pretrained is None else load_for(pretrained, of_task, seed=seed or 0)
+    guide = None if teacher is None else load_for(teacher, of_task, seed=seed or 0)
+    trained_on, scores = _scored(eval_each_epoch, of_task, chosen, dense, data_dir, max_length, device)
     data = None
-    if task is not None:
+    if trained_on is not None:
         data = training_data(
-            task, dense.processor, data_dir=data_dir, max_length=max_length, limit=limit, model=dense.model
+            trained_on, dense.processor, data_dir=data_dir, max_length=max_length, limit=limit, model=dense.model
         )
-    with recording_energy(out_dir, energy.value, device):
+    with recording_energy(out_dir, energy.value, device, restart):
         made = run(
             dense, chosen, data, out_dir,
-            name=name, pretrained=ancestor, device=device, restart=restart, hardware=device_name(device), say=say,
+            name=name, pretrained=ancestor, teacher=guide, evaluate=scores, device=device, restart=restart,
+            hardware=device_name(device), say=say,
         )  # fmt: skip
     _show_run(made, json_)
+
+
+def _scored(
+    wanted: bool, task: Any, recipe: Any, dense: Any, data_dir: Path | None, max_length: int | None, device: str
+) -> tuple[Any, Any]:
+    """The task to train on, and what scores a model after each epoch: None where that is not ``wanted``."""
+    from .eval.held_out import scorer, with_validation
+
+    if not wanted:
+        return task, None
+    if task is None or not recipe.needs_training:
+        missing = (
+            "a task: give --task" if task is None else f"training, and recipe {recipe.name} has none: leave it out"
+        )
+        raise ValueError(f"--eval-each-epoch needs {missing}")
+    validation = with_validation(task)
+    say(f"scored after each epoch: {validation.note}")
+    scores = scorer(validation, dense.processor, data_dir=data_dir, max_length=max_length, device=device)
+    return validation.task, scores
 
 
 def _show_run(made: Any, json_: bool) -> None:
@@ -214,54 +245,14 @@ def _show_run(made: Any, json_: bool) -> None:
         show_json({"folder": str(made.folder), "plan": made.plan.to_dict(), "stages": made.stages})
         return
     if made.plan.gemms:
-        out.print(made.plan.summary(), highlight=False, markup=False, soft_wrap=True)
+        plan = replace(made.plan, notes=())  # they were said before it began
+        out.print(plan.summary(), highlight=False, markup=False, soft_wrap=True)
     out.print(f"wrote {made.folder}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _recipe(name: str, *values: Any) -> Any:
+def _recipe(name: str, *values: Any, paper: Any = None) -> Any:
     from .compress.recipe import Recipe
 
+    defaults = {} if paper is None else paper.settings()
     keys = ("epochs", "learning_rate", "batch_size", "seed", "precision", "attention", "permute_channels", "blocks")
-    return Recipe.load(name).override(**{k: v for k, v in zip(keys, values) if v is not None})
-
-
-@command
-def sweep(
-    model: Model,
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="name or .yaml file, see `squeezoo recipes`")],
-    task: Task,
-    space: Annotated[Path, typer.Option(help="YAML file: setting -> list of values, or {low, high, log}")],
-    out_dir: Out,
-    method: Annotated[SearchMethod, typer.Option(help="every combination, or --trials draws")] = SearchMethod.grid,
-    trials: Annotated[int | None, typer.Option(help="how many; needed for random", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="of the random draws")] = 0,
-    storage: Annotated[str | None, typer.Option(help="URL of Optuna's storage; default: SQLite in --out")] = None,
-    name: Annotated[str | None, typer.Option(help="of the study; default: recipe and task")] = None,
-    pretrained: Annotated[str | None, typer.Option(help="the model before fine-tuning; pkd recipes need it")] = None,
-    data_dir: DataDir = None,
-    max_length: MaxLength = None,
-    limit: TrainRows = None,
-    device: Device = "cpu",
-    held_out: Annotated[float, typer.Option(help="share of the training rows to choose on")] = 0.1,
-    keep_all: Annotated[bool, typer.Option(help="keep every trial's model, not only the best one's")] = False,
-    report: Annotated[bool, typer.Option(help="score the best trial on the reported split, once")] = False,
-    retry_failed: Annotated[bool, typer.Option(help="try trials that failed again")] = False,
-    json_: JsonFlag = False,
-) -> None:
-    """Try many settings of a recipe; the best is chosen on validation rows alone. Resumes; several can share the work.
-
-    Example: squeezoo sweep runs/minilm-l6.mrpc.dense -r gpusq-gemm-int8 -t glue/mrpc --space lr.yaml --out sweep
-    """
-    from .sweep import run_sweep
-
-    found = run_sweep(
-        model, recipe, task, space, out_dir,
-        method=method.value, trials=trials, seed=seed, storage=storage, name=name, pretrained=pretrained,
-        data_dir=data_dir, max_length=max_length, limit=limit, device=device, held_out=held_out, keep_all=keep_all,
-        report=report, retry_failed=retry_failed, say=say,
-    )  # fmt: skip
-    if json_:
-        show_json(found.to_dict())
-        return
-    out.print(found.markdown(), highlight=False, markup=False, soft_wrap=True)
-    out.print(f"wrote {out_dir / 'sweep.json'}", highlight=False, markup=False, soft_wrap=True)
+    return Recipe.load(name).override(**defaults | {k: v for k, v in zip(keys, values) if v is not None})

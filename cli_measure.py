@@ -13,6 +13,7 @@ from .terminal import (
     DataDir,
     Device,
     JsonFlag,
+    JsonOrFile,
     MaxLength,
     Model,
     Repeats,
@@ -27,11 +28,11 @@ from .terminal import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .eval.task import Task
+    from .eval.several import Outcome
+    from .eval.task import Score, Task
     from .pipeline import Loaded
 
 
-@command
 def eval_(
     model: Model,
     task: Annotated[str, typer.Option("--task", "-t", help="tasks or families (`glue`), separated by commas")],
@@ -39,46 +40,72 @@ def eval_(
     split: Annotated[str | None, typer.Option(help="default: the split that the task reports")] = None,
     backend: Annotated[Backend, typer.Option(help="for checkpoints")] = Backend.auto,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    limit: Annotated[int | None, typer.Option(help="so many rows only; the score is marked as a sample")] = None,
+    limit: Annotated[int | None, typer.Option(help="so many rows only; the score is marked as a sample", min=1)] = None,
     max_length: MaxLength = None,
-    set_: Annotated[list[str], typer.Option("--set", help="NAME=VALUE of the task's settings; repeat")] = [],  # noqa: B006
+    set_: Annotated[list[str], typer.Option("--set", help="NAME=VALUE of the tasks' settings; repeat")] = [],  # noqa: B006
     device: Device = "cpu",
     throughput: Annotated[
         int | None,
         typer.Option(help="no scores: time so many evaluations, each beside its forward passes alone", min=3),
     ] = None,
-    json_: JsonFlag = False,
-    json_file: Annotated[Path | None, typer.Option("--json-file", help="write the scores there too")] = None,
+    json_: Annotated[
+        str | None,
+        typer.Option("--json", metavar="[FILE]", help="write FILE after each task; alone: print JSON, no table"),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json-file", help="the same as --json FILE")] = None,
 ) -> None:
     """Score a model, dense or compressed, on standard tasks.
 
+    Tasks of a family that the model cannot do, or whose data is not there, are named and left out. Exit code 1 where a
+    task that was named in full has no score, or none has.
+
     Example: squeezoo eval runs/minilm-l6.mrpc.dense --task glue/mrpc --data-dir DATA
     """
-    from . import measure_tables
     from .eval.allocator import keep_freed_memory
-    from .eval.fit import tasks_for
-    from .eval.results import atomic_write_json
-    from .eval.run import evaluate
-    from .pipeline import load_any
+    from .eval.fit import requested_tasks, tasks_for
+    from .eval.results import atomic_write_json, check_writable
+    from .eval.several import evaluate_several
+    from .measure_eval import describe_run, load_to_score, record_of, seed_of
 
-    keep_freed_memory()
+    path = Path(json_) if json_ not in (None, "-") else json_file
+    if json_file not in (None, path):
+        raise ValueError(f"two files for one result: --json {json_} and --json-file {json_file}; give one")
+    if path is not None:
+        check_writable(path)
+    requested = requested_tasks(task)
     settings = _pairs(set_, "--set", "VALUE")
-    loaded = load_any(model, backend.value)
+    keep_freed_memory()
+    loaded = load_to_score(model, backend.value, device)
     how: dict[str, Any] = dict(
         split=split, data_dir=data_dir, batch_size=batch_size, limit=limit, max_length=max_length, settings=settings,
         device=device,
     )  # fmt: skip
-    tasks = tasks_for(loaded.model, task)
     if throughput is not None:
-        _throughput(loaded, tasks, throughput, how, json_, json_file)
+        _throughput(loaded, tasks_for(loaded.model, task), throughput, how, json_ == "-", path)
         return
-    scores = [score for one in tasks for score in evaluate(loaded.model, one, loaded.processor, **how)]
-    rows = [score.to_dict() for score in scores]
-    if json_file is not None:
-        atomic_write_json(json_file, rows)
-    if json_:
-        show_json(rows)
-        return
+    run = describe_run(model, loaded.model, backend.value, device)
+
+    def keep(outcome: Outcome) -> None:
+        if path is not None:
+            atomic_write_json(path, record_of(run, outcome))
+
+    outcome = evaluate_several(
+        loaded.model, requested, loaded.processor,
+        after=keep, skip=lambda one: say(f"skipped {one.task}: {one.reason}"), seed=seed_of(model), **how,
+    )  # fmt: skip
+    if json_ == "-":
+        show_json(record_of(run, outcome))
+    elif outcome.scores:
+        _show_scores(outcome.scores)
+    _tell_end(outcome, path)
+
+
+command(eval_, JsonOrFile)
+
+
+def _show_scores(scores: Sequence[Score]) -> None:
+    from . import measure_tables
+
     table = Table("task", "split", "metric", "value", "samples")
     for score in scores:
         note = "" if score.complete else " (sample)"
@@ -87,6 +114,19 @@ def eval_(
     means = measure_tables.glue_means_line(scores)
     if means is not None:
         out.print(means, highlight=False, markup=False, soft_wrap=True)
+
+
+def _tell_end(outcome: Outcome, path: Path | None) -> None:
+    """Say what has no score that should have one; raises typer.Exit then."""
+    scored = len({score.task for score in outcome.scores})
+    if outcome.stopped:
+        where = f", in {path}" if path is not None and scored else ""
+        say(f"interrupted with {scored} of {scored + len(outcome.skipped)} tasks scored{where}")
+        raise typer.Exit(130)
+    if not outcome.complete:
+        wrong = [one.task for one in outcome.skipped if one.wrong]
+        say(f"error: {'no score for ' + ', '.join(wrong) if wrong else 'nothing was scored'}")
+        raise typer.Exit(1)
 
 
 def _throughput(
@@ -124,11 +164,12 @@ def roofline(
     from .eval.hardware import get_hardware
     from .eval.roofline import predict_model
     from .eval.roofline_fit import this_cpu
+    from .roofline_cpu import int8_kernels
     from .zoo_cards.hub import resolve
 
     plan = load_manifest(resolve(checkpoint)).plan.to_dict()
     on_cpu = hardware == "cpu"
-    machine = this_cpu() if on_cpu else get_hardware(hardware)
+    machine = this_cpu(int8_kernels()) if on_cpu else get_hardware(hardware)
     found = predict_model(plan["gemms"], batch * length, machine, dense_format="fp32" if on_cpu else "fp16")
     if json_:
         show_json(found.to_dict())
@@ -139,6 +180,8 @@ def roofline(
         table.add_row(gemm["name"], f"{gemm['dense_us']:.2f}", f"{gemm['compressed_us']:.2f}", limit)
     out.print(table)
     out.print(str(found), highlight=False, markup=False, soft_wrap=True)
+    out.print(f"efficiency factors: {found.factors()}", highlight=False, markup=False, soft_wrap=True)
+    out.print(f"rates: {machine.source}", highlight=False, markup=False, soft_wrap=True)
 
 
 @command

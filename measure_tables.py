@@ -9,6 +9,7 @@ from rich.table import Table
 
 from .eval.decode_speed import DecodeSpeed
 from .eval.loading import Loading, Memory
+from .eval.ratio import speed_up
 from .eval.speed import Speed
 from .eval.task import Score
 from .eval.throughput import Throughput
@@ -22,7 +23,7 @@ def speeds(found: Sequence[Speed]) -> Table:
         length = f"{speed.audio_seconds:g} s" if speed.audio_seconds else str(speed.sequence or speed.image_size)
         table.add_row(
             str(speed.batch), length, f"{speed.dense.median_ms:.2f}", f"{speed.compressed.median_ms:.2f}",
-            f"{speed.speedup:.2f}x", f"{low:.2f}-{high:.2f}",
+            speed_up(speed.speedup), f"{low:.2f}-{high:.2f}",
         )  # fmt: skip
     return table
 
@@ -40,7 +41,7 @@ def decoding(found: Sequence[DecodeSpeed]) -> Table | None:
         for what, dense, compressed, (low, high) in parts:
             table.add_row(
                 str(speed.batch), str(speed.prompt), str(speed.new_tokens), what, f"{dense.median_ms:.2f}",
-                f"{compressed.median_ms:.2f}", f"{dense.median_ms / compressed.median_ms:.2f}x",
+                f"{compressed.median_ms:.2f}", speed_up(dense.median_ms / compressed.median_ms),
                 f"{low:.2f}-{high:.2f}",
             )  # fmt: skip
     return table

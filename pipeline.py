@@ -20,25 +20,27 @@ from . import __version__
 from .compress.backends import Backend
 from .compress.checkpoint import MANIFEST, Manifest, load, load_manifest
 from .compress.engine import read_provenance
+from .compress.runtime.cuda_support import check_cuda
 from .compress.train_data import TrainData
 from .eval import get_task
 from .eval.data import collator
 from .eval.energy import measure_energy
 from .eval.fit import check_labels, check_reads, head_kind
+from .eval.labels import name_labels_
 from .eval.perplexity import context_length
 from .eval.results import atomic_write_json
 from .eval.run import evaluate, sample_rows
 from .eval.speech_vocabulary import LETTERS, with_vocabulary
 from .eval.task import Task
 from .measure import extra_measurements
-from .models.dense import Dense, load_dense
+from .models.dense import Dense, DenseError, load_dense
 from .models.folders import load_processor
 from .models.kinds import WITH_LABELS
 from .timings import measure_speeds, points
 from .zoo_cards.bases import describe_base
 from .zoo_cards.card import COMPRESSED, DENSE, Card
 from .zoo_cards.datasets import describe_task
-from .zoo_cards.hub import resolve
+from .zoo_cards.hub import list_models, resolve
 from .zoo_cards.parts import Base, PlanSummary, RecipeNote, ScoreRow, Training
 from .zoo_cards.plots_card import write_plots
 from .zoo_cards.render import write_card
@@ -57,28 +59,34 @@ class Loaded:
     processor: Any
 
 
-def load_any(source: str, backend: Backend = "auto") -> Loaded:
-    """A checkpoint folder, a zoo name, or whatever ``load_dense`` takes.
+def load_any(source: str, backend: Backend = "auto", device: str = "cpu") -> Loaded:
+    """A checkpoint folder, a zoo name, or whatever ``load_dense`` takes, on ``device``.
 
     Raises:
-        CheckpointError, ZooError, DenseError: it is none of them, or damaged.
+        CheckpointError, ZooError, DenseError: it is none of them, or damaged. CudaError: no such device.
     """
-    from .zoo_cards.hub import list_models
-
     if source in list_models() or (Path(source) / MANIFEST).is_file():
         folder = resolve(source)
-        return Loaded(load(folder, backend=backend), load_processor(folder))
+        return Loaded(load(folder, device=device, backend=backend), load_processor(folder))
+    if device.startswith("cuda"):
+        check_cuda(device)
     dense = load_dense(source, kind="auto")
-    return Loaded(dense.model, dense.processor)
+    return Loaded(dense.model.to(device), dense.processor)
 
 
-def load_for(source: str, task: Task | None, *, seed: int = 0) -> Dense:
+def load_for(source: str, task: Task | None, *, seed: int = 0, retrain: bool = False) -> Dense:
     """A dense model with the head that a task needs, newly initialised from ``seed`` where it has none; without a task
-    with the head that it was saved with.
+    with the head that it was saved with. Its classes get the task's names and order (`name_labels_`); ``retrain``: even
+    where they had others, because the head will be trained on this task.
 
     Raises:
-        DenseError: see `load_dense`.
+        DenseError: see `load_dense`, and for a name of the zoo, whose models are compressed.
     """
+    if source in list_models() and not Path(source).is_dir():
+        raise DenseError(
+            f"{source} is a compressed model of the zoo (`squeezoo info {source}`), and a dense model is needed here: "
+            f"write one first with `squeezoo export {source} --to dense -o DENSE` and hand in DENSE"
+        )
     if task is None:
         return load_dense(source, kind="auto", seed=seed)
     kind = task.model_kinds[0]
@@ -86,6 +94,7 @@ def load_for(source: str, task: Task | None, *, seed: int = 0) -> Dense:
     if kind == "ctc" and hasattr(dense.processor, "sampling_rate"):  # a feature extractor alone: no vocabulary yet
         dense = load_dense(source, kind=kind, num_labels=len(LETTERS), seed=seed)
         return replace(dense, processor=with_vocabulary(dense.processor))
+    name_labels_(dense.model, task, new=dense.new, retrain=retrain)
     return dense
 
 
@@ -129,20 +138,21 @@ def training_data(
     if model is not None and task.train_encode_by_head:
         encode = task.train_encode_by_head[head_kind(model)]
     features = encode(rows, model if processor is None and task.reads == "images" else processor, max_length)
-    return TrainData(features, collator(processor), augment)
+    return TrainData(features, collator(processor), augment, None if isinstance(features, list) else rows)
 
 
 @contextmanager
-def recording_energy(folder: str | Path, how: str, device: str) -> Iterator[None]:
+def recording_energy(folder: str | Path, how: str, device: str, restart: bool = False) -> Iterator[None]:
     """Measure the work inside the block and leave ``energy.json`` in ``folder``, which the work makes.
 
     Args:
         how: ``off``; ``sensors``; ``estimate``: a power model speaks for what has no sensor.
+        restart: the work begins anew, so that what an earlier run left behind is no part of it.
     """
     if how == "off":
         yield
         return
-    resumed = Path(f"{folder}.work").is_dir()
+    resumed = not restart and Path(f"{folder}.work").is_dir()
     with measure_energy(device=device, estimate=how == "estimate") as meter:
         yield
     atomic_write_json(Path(folder) / ENERGY, meter.energy.to_dict() | {"resumed": resumed})
@@ -189,6 +199,9 @@ def measure_card(
     folder = Path(folder)
     manifest = load_manifest(folder)
     task = get_task(task_name)
+    search = None if sweep is None else Search.load(sweep)
+    if search is not None:
+        search.check_chose(model=str(manifest.base["name"]), recipe=manifest.recipe.name, task=task.name)
     dense = load_dense(dense_folder, kind="auto")
     compressed = load(folder)
     models = {DENSE: dense.model, COMPRESSED: compressed}
@@ -227,7 +240,7 @@ def measure_card(
         squeezoo=__version__,
         code=code_version(),
         storage=measure_storage(folder),
-        search=None if sweep is None else Search.load(sweep),
+        search=search,
         resources=resources,
     )
     if plots:

@@ -1,6 +1,6 @@
 """``make tables``: the tables of results/README.md and README.md, made from the files in results/.
 
-A file in results/eval is what ``squeezoo eval --json-file`` wrote, called MODEL.TASK.METHOD.sSEED (of one run alone
+A file in results/eval is what ``squeezoo eval --json FILE`` wrote, called MODEL.TASK.METHOD.sSEED (of one run alone
 without the seed); results/cpu-*.json is what ``make bench-cpu`` wrote.
 """
 
@@ -38,7 +38,15 @@ METHODS: dict[str, tuple[str, str]] = {
 
 def read_scores(folder: Path = EVALUATIONS) -> dict[str, list[dict[str, Any]]]:
     """File name without ending: its scores."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    return {
+        path.stem: scores_in(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))
+    }
+
+
+def scores_in(data: Any) -> list[dict[str, Any]]:
+    """The scores in what ``squeezoo eval --json`` wrote; its first form was the list of scores alone."""
+    scores: list[dict[str, Any]] = data if isinstance(data, list) else data["scores"]
+    return scores
 
 
 def score_table(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:

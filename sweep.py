@@ -115,7 +115,7 @@ class _Trainer:
     def _train(self, recipe: Recipe, folder: Path) -> Compressed:
         if folder.exists() and not Path(f"{folder}.work").exists():
             shutil.rmtree(folder)  # trained by a worker that died before it was scored
-        dense = load_for(self.model, self.base, seed=recipe.seed)
+        dense = load_for(self.model, self.base, seed=recipe.seed, retrain=not recipe.rules)
         hardware = device_name(self.device)
         if not recipe.rules and recipe.student is None:
             assert self.data is not None
@@ -205,7 +205,7 @@ def run_sweep(
     url = storage or sqlite_url(out / "sweep.db")
     store = TrialStore(url, name, planned, task.higher_is_better, plan)
     say(f"validation: {validation.note}")
-    dense: Dense = load_for(model, task, seed=recipe.seed)
+    dense: Dense = load_for(model, task, seed=recipe.seed, retrain=not recipe.rules)
     data = None
     if recipe.needs_data:
         data = training_data(

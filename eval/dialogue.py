@@ -23,7 +23,7 @@ Scores, fractions where they are shares:
 * ``perplexity`` of the right reply per token of the model's own tokenizer, end token included (models with different
   tokenizers do not compare), ``word_perplexity`` per word between spaces (they do);
 * ``bertscore`` (Zhang et al. 2020) only where ``bertscore_model`` names a local folder with an encoder: F1 without
-  rescaling, of the layer ``bertscore_layer``, by the library bert-score.
+  rescaling, of the layer ``bertscore_layer``, by the library bert-score; an empty reply has 0.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import files
+from .dialogue_bertscore import BertScorer
 from .dialogue_files import (
     DISTRACTORS,
     SEED,
@@ -43,7 +44,7 @@ from .dialogue_files import (
     synthetic_rows,
 )
 from .dialogue_prompt import encode_for_decoder, encode_for_encoder_decoder, prompts
-from .dialogue_score import Reply, bert_score_f1, score, signatures
+from .dialogue_score import Reply, score, signatures
 from .generate import is_encoder_decoder, write_texts
 from .likelihood import Pairs, log_likelihoods
 from .task import FinetuneDefaults, Row, Setting, Task, nearest
@@ -98,7 +99,7 @@ def predict(runner: Runner, rows: Sequence[Row]) -> list[list[Reply]]:
 
     Raises:
         ValueError: no tokenizer or no end token, too few positions, settings out of range, scores that are not finite,
-            or ``bertscore_model`` without the library or without a layer.
+            or a ``bertscore_model`` that bert-score cannot use.
     """
     from .perplexity import context_length
 
@@ -108,6 +109,7 @@ def predict(runner: Runner, rows: Sequence[Row]) -> list[list[Reply]]:
     items = [(number, place) for number, row in enumerate(rows) for place in range(len(row["replies"]))]
     if not items:
         raise ValueError("these dialogues have no reply to score")
+    scorer = BertScorer.of(settings, str(runner.device), runner.batch_size)  # fails before the long part
     encoder_decoder, limit = is_encoder_decoder(runner.model), context_length(runner.model)
     settings["max_length"] = runner.max_length if limit is None else min(runner.max_length, limit)
     found = prompts(
@@ -120,7 +122,7 @@ def predict(runner: Runner, rows: Sequence[Row]) -> list[list[Reply]]:
     texts = [text.split("\n")[0].strip() for text in written]
     right = [references(rows[number])[place] for number, place in items]
     _record_(settings, rows, found)
-    f1s = bert_score_f1(texts, right, settings, str(runner.device), runner.batch_size)
+    f1s = None if scorer is None else scorer.f1(texts, right)
     replies: list[list[Reply]] = [[] for _ in rows]
     for index, ((number, _), prompt) in enumerate(zip(items, found, strict=True)):
         chances = [next(likelihoods) for _ in prompt.targets]
@@ -134,7 +136,7 @@ def predict(runner: Runner, rows: Sequence[Row]) -> list[list[Reply]]:
                 rank=1 + sum(other >= ranks[0] for other in ranks[1:]),
                 log_likelihood=chances[0].total,
                 tokens=chances[0].tokens,
-                bertscore=f1s[index] if f1s else None,
+                bertscore=None if f1s is None else f1s[index],
             )
         )
     return replies

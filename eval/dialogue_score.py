@@ -1,11 +1,10 @@
-"""What replies are worth: BLEU, TER, Hits@k, perplexity and BERTScore, by the kept libraries."""
+"""What replies are worth: BLEU, TER, Hits@k and perplexity, by the kept libraries, and the mean of BERTScores."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from .task import Setting
@@ -70,44 +69,6 @@ def signatures() -> dict[str, Setting]:
 
     bleu = f"sacrebleu {__version__}: 13a tokens, exponential smoothing, case kept"
     return {"bleu": bleu, "ter": f"sacrebleu {__version__}: not normalized, case ignored"}
-
-
-def bert_score_f1(
-    texts: Sequence[str], references: Sequence[str], settings: dict[str, Setting], device: str, batch_size: int
-) -> list[float]:
-    """F1 of BERTScore per pair, or nothing where ``bertscore_model`` is empty. The setting becomes the folder's name.
-
-    Raises:
-        ValueError: the library is not installed, the folder or the layer is missing.
-    """
-    source = str(settings["bertscore_model"])
-    if not source:
-        return []
-    folder, layer = Path(source).expanduser(), int(settings["bertscore_layer"])
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"setting bertscore_model: expected a folder with an encoder (config.json), found {source!r}")
-    library: Any = _import_bert_score()
-    layer = layer or library.utils.model2layers.get(folder.name, 0)
-    if layer < 1:
-        raise ValueError(
-            f"bert-score knows no layer for a model named {folder.name!r}: give it, bertscore_layer=9 for BERT-base"
-        )
-    settings.update(bertscore_model=folder.resolve().name, bertscore_layer=layer)
-    *_, f1 = library.score(
-        list(texts), list(references), model_type=str(folder), num_layers=layer, device=device, batch_size=batch_size
-    )
-    return [float(value) for value in f1]
-
-
-def _import_bert_score() -> Any:
-    try:
-        import bert_score
-        import bert_score.utils
-    except ImportError as error:
-        raise ValueError(
-            "setting bertscore_model needs the library bert-score: pip install bert-score, or leave the setting empty"
-        ) from error
-    return bert_score
 
 
 def _sacrebleu() -> tuple[Any, Any]:

@@ -47,6 +47,17 @@ class Efficiency:
         """Whether measurements stand behind all of it."""
         return self.measurements > 0 and not self.guessed
 
+    def told(self) -> str:
+        """Each factor, and whether it was measured or guessed."""
+        values = {"compute": f"{self.compute:.2f}", "memory": f"{self.memory:.2f}",
+                  "overhead_s": f"{self.overhead_s * 1e6:.1f} us"}  # fmt: skip
+        guessed = set(self.guessed) if self.measurements else set(values)
+        words = []
+        for how, those in ((f"measured on {self.measurements} GEMMs", values.keys() - guessed), ("guessed", guessed)):
+            found = [f"{name.removesuffix('_s')} {value}" for name, value in values.items() if name in those]
+            words += [f"{how}: {', '.join(found)}"] if found else []
+        return ", ".join(words)
+
 
 PLACEHOLDER = Efficiency(0.7, 0.8, 3e-6, 0, ("compute", "memory", "overhead_s"))  # ALGORITHMS H.2
 IDEAL = Efficiency(1.0, 1.0, 0.0, 0, ("compute", "memory", "overhead_s"))  # the bound itself

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import nn
 
+from .run import evaluate
 from .task import Row, Task
 
 HELD_OUT = "held-out"
@@ -58,6 +61,29 @@ def with_validation(task: Task, share: float = 0.1, seed: int = 0) -> Validation
     )
     note = f"{held:,} of {size:,} rows of {train!r} held out ({share:.0%}, seed {seed}) and not trained on"
     return Validation(changed, HELD_OUT, note)
+
+
+def scorer(
+    validation: Validation,
+    processor: Any,
+    *,
+    data_dir: str | Path | None = None,
+    max_length: int | None = None,
+    device: str = "cpu",
+    progress: bool = False,
+) -> Callable[[nn.Module], dict[str, Any]]:
+    """A function from a model to its metrics on the validation part, with the part's name as ``split`` and its rows as
+    ``samples``; for a look at a model while it trains on ``validation.task``. Arguments: see `run.evaluate`."""
+
+    def scores(model: nn.Module) -> dict[str, Any]:
+        found = evaluate(
+            model, validation.task, processor,
+            split=validation.split, data_dir=data_dir, max_length=max_length, device=device, progress=progress,
+        )  # fmt: skip
+        values: dict[str, Any] = {score.metric: score.value for score in found}
+        return values | {"split": validation.split, "samples": found[0].samples}
+
+    return scores
 
 
 def _drawn(rows: int, share: float, seed: int) -> set[int]:

@@ -1,6 +1,6 @@
 """Image classification, top-1 (``accuracy``) and top-5: scikit-learn's digits (no file needed) and CIFAR-10.
 
-Folder layout of CIFAR-10: ``DIR/cifar10/{train,test}.parquet`` columns ``image`` (encoded bytes) and ``label``.
+The files of CIFAR-10 are those of `eval.cifar10_files`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import files, metrics
 from .ahead import Ahead
 from .augment import flip_and_crop, shift_one_pixel
+from .cifar10_files import SPLITS, cifar10_rows
 from .lazy_rows import LazyRows
 from .task import Feature, Row, Task, nearest
 
@@ -28,9 +29,7 @@ if TYPE_CHECKING:
     Encode = Callable[[Sequence[Row], Any, int], Sequence[Feature]]
 
 TOP = 5
-SPLITS = ("train", "test")
 DIGITS_SPLITS = ("train", "validation", "test")
-CIFAR10_HUB = "uoft-cs/cifar10"
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,8 @@ class ImageFeatures(LazyRows[Feature]):
             return stored.reshape(*stored.shape[:2], self.pixels.channels)
         try:
             if isinstance(stored, np.ndarray):
-                image = Image.fromarray(stored.astype(np.float32))  # 17 grey levels must not be rounded to when resized
+                # 17 grey levels must not be rounded to when resized; 256 are the images' own
+                image = Image.fromarray(stored if stored.ndim == 3 else stored.astype(np.float32))
             else:
                 image = Image.open(io.BytesIO(stored)).convert("RGB" if self.pixels.channels == 3 else "L")
         except OSError as error:
@@ -172,45 +172,6 @@ def digits_rows(split: str, data_dir: str | Path | None = None) -> list[Row]:
         seen[label] += 1
         if {0: "validation", 2: "test"}.get(int(seen[label]) % 5, "train") == split:
             rows.append({"image": image, "label": int(label), "where": f"scikit-learn digits, image {index}"})
-    return rows
-
-
-def cifar10_rows(split: str, data_dir: str | Path | None = None) -> list[Row]:
-    """CIFAR-10 as encoded images: ``[{"image": bytes, "label": int, "where": str}]``.
-
-    Raises:
-        ValueError: unknown split.
-        DataError: not found, not parquet, a column missing, an empty image or a wrong label.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    if split not in SPLITS:
-        raise ValueError("cifar10: " + nearest("split", split, SPLITS))
-    folder = files.resolve_data_dir(data_dir)
-    if folder is None:
-        place = f"{CIFAR10_HUB} {split}"
-        # `.data.table` would miss an indices mapping; select nothing and read the plain columns without decoding
-        table = files.load_from_hub("cifar10", CIFAR10_HUB, None, split).with_format("arrow")[:]  # type: ignore[attr-defined]
-        image, label = "img", "label"
-    else:
-        path = files.find_file(f"cifar10, split {split},", folder, (f"cifar10/{split}.parquet",))
-        place, image, label = str(path), "image", "label"
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise files.DataError(f"{path}: not a readable parquet file ({error})") from error
-    absent = [name for name in (image, label) if name not in table.column_names]
-    if absent:
-        raise files.DataError(f"{place}: expected the columns {[image, label]}, found {table.column_names}")
-    images, labels = table.column(image).to_pylist(), table.column(label).to_pylist()
-    rows: list[Row] = []
-    for index, (stored, value) in enumerate(zip(images, labels)):
-        where = f"{place} row {index}"
-        encoded = stored["bytes"] if isinstance(stored, dict) else stored
-        if not encoded:
-            raise files.DataError(f"{where}: column {image!r} is empty")
-        rows.append({"image": encoded, "label": files.parse_label(value, 10, where), "where": where})
     return rows
 
 

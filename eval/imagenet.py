@@ -25,7 +25,7 @@ from . import files
 from .augment import flip_and_crop
 from .image import input_size, predict_ranks, ranked_accuracy
 from .imagenet_files import hub_images, read_folder
-from .task import Row, Task, nearest
+from .task import FinetuneDefaults, Row, Task, nearest
 
 if TYPE_CHECKING:
     from .imagenet_transform import TransformedImages
@@ -89,4 +89,8 @@ IMAGENET = Task(
     score=partial(ranked_accuracy, first="top1"),
     augment=flip_and_crop,
     predict=predict_images,
-)
+    finetune=FinetuneDefaults(
+        8, 0.01, 512, 0, "Deep Compression, ViT-base/16 at 384 pixels, pre-trained on ImageNet-21k",
+        optimizer="sgd", schedule="cosine", max_grad_norm=1.0,
+    ),
+)  # fmt: skip

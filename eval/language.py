@@ -4,11 +4,15 @@ The files, and how they are cut into pages, are those of `eval.wikitext`. Perple
 up to a factor of two on the same model, so each protocol is a task of its own:
 
 * ``wikitext2/token``: per token of the model's own tokenizer, over disjoint windows of ``window`` tokens of the whole
-  split as one text (0: the model's context, at most 1024). The first token of each window is not scored. Tokenizers
-  cut words differently, so this compares variants of one model, not models.
+  split as one text (0: the model's context, at most 1024). The first token of each window is not scored: in the first
+  window that is the beginning token of tokenizers that add one (OPT, Llama); no other window has one. Tokenizers cut
+  words differently, so this compares variants of one model, not models.
 * ``wikitext2/sliding``: likewise per token, over windows that overlap: each advances by ``stride`` tokens.
 * ``wikitext2/word``: per word and per byte of the original text, comparable between models: the protocol of
-  lm-evaluation-harness's task ``wikitext`` (version 2). ``window`` 0 is the model's whole context, as there.
+  lm-evaluation-harness's task ``wikitext`` (version 2). ``window`` 0 is the model's whole context, as there. Each page
+  stands behind one beginning token (an end token where there is none), which is context and never scored, also with
+  tokenizers that add one by themselves. The harness does so with ``add_bos_token=False``; without it, its version
+  0.4.13 leaves such tokenizers their own token too, and scores that second one (its issue 3333). Version 1 did that.
 * ``wikitext2/masked``: for models that read in both directions, which have no perplexity: 15 % of the tokens of blocks
   are hidden, the same ones for every model with this tokenizer.
 """
@@ -85,7 +89,7 @@ def predict_pages(runner: Runner, rows: Sequence[Row]) -> list[float]:
         raise ValueError("word perplexity needs a tokenizer with a beginning or end token: the first word follows it")
     features: list[Feature] = []
     for number, row in enumerate(rows):
-        tokens = p.text_tokens(runner.processor, detokenize(row["page"]))
+        tokens = p.text_tokens(runner.processor, detokenize(row["page"]), special=False)
         features += [{**feature, "_row": number} for feature in p.rolling_windows(tokens, window, prefix)]
     total = [0.0] * len(rows)
     for feature, (nll, _) in zip(features, p.negative_log_likelihoods(runner, features), strict=True):
@@ -161,10 +165,10 @@ def _page(row: Row) -> str:
     return page
 
 
-# The batch of the paper is per GPU; the table names no sequence length.
 _OPT = FinetuneDefaults(
-    15, 6e-4, 16, WINDOW, "GPUSQ-TLM, table 6 (OPT and GPT of 125M; larger ones take lower rates); the length is ours"
-)
+    15, 6e-4, 16, WINDOW, "GPUSQ-TLM, table 6 (OPT and GPT of 125M; larger ones take lower rates); the length is ours",
+    devices=32,
+)  # fmt: skip
 _MASKED = FinetuneDefaults(
     3, 5e-5, 4, 512, "Antunes 2021 (MSc thesis), table 4.3 (BERT on WikiText while pruned); the epochs are ours"
 )
@@ -172,12 +176,13 @@ _MASKED = FinetuneDefaults(
 
 def _tasks(size: int) -> tuple[Task, ...]:
     def task(
-        name: str, metric: str, kind: Kind, predict: Any, score: Any, source: str, settings: dict[str, Setting]
-    ) -> Task:
+        name: str, metric: str, kind: Kind, predict: Any, score: Any, source: str, settings: dict[str, Setting],
+        version: int = 1,
+    ) -> Task:  # fmt: skip
         masked = kind == "masked-lm"
         return Task(
             name=f"wikitext{size}/{name}",
-            version=1,
+            version=version,
             source=f"{SOURCE}; {source}",
             kind=kind,
             num_labels=None,
@@ -207,7 +212,7 @@ def _tasks(size: int) -> tuple[Task, ...]:
             "sliding", "perplexity", "causal-lm", partial(predict_tokens, sliding=True), score_tokens, sliding,
             {**window, "stride": 0},
         ),
-        task("word", "word_perplexity", "causal-lm", predict_pages, score_pages, harness, window),
+        task("word", "word_perplexity", "causal-lm", predict_pages, score_pages, harness, window, version=2),
         task("masked", "masked_accuracy", "masked-lm", predict_masked, score_masked, masking, window),
     )  # fmt: skip
 

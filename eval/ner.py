@@ -12,8 +12,8 @@ tokenizer drops) count as predicted O, so every word of the file is scored.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ class ConllFiles:
         separator: between the columns; None is any white space. The token is the first column, its tag the last.
         iob1: the files may be IOB1, whose tags are converted.
         hub, hub_splits: repository on the Hub, read at its parquet branch, with columns ``tokens`` and ``ner_tags``.
+        aliases: further names that published models give an entity's type.
     """
 
     task: str
@@ -51,6 +52,12 @@ class ConllFiles:
     iob1: bool
     hub: str
     hub_splits: dict[str, str]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def label_aliases(self) -> dict[str, tuple[str, ...]]:
+        """Of each tag with such a name, the tag as those models write it."""
+        return {tag: (f"{tag[:2]}{self.aliases[tag[2:]]}",) for tag in self.labels if tag[2:] in self.aliases}
 
     def rows(self, split: str, data_dir: str | Path | None = None) -> list[Row]:
         """``[{"words": tuple of str, "tags": tuple of IOB2 tags}]``, one per sentence.
@@ -179,8 +186,19 @@ def first_tokens(words: Sequence[str], text: str, offsets: Sequence[tuple[int, i
     return first
 
 
-def predict_tags(runner: Runner, rows: Sequence[Row], *, labels: Sequence[str]) -> list[list[str]]:
-    """The tag of every word of every sentence."""
+def predict_tags(
+    runner: Runner, rows: Sequence[Row], *, labels: Sequence[str], aliases: Mapping[str, tuple[str, ...]]
+) -> list[list[str]]:
+    """The tag of every word of every sentence.
+
+    Raises:
+        ValueError: logits of another width than there are tags, or tags of other names.
+    """
+    from .labels import column_order, note_order_
+
+    order = column_order(runner.model, labels, aliases)
+    columns = labels if order is None else [labels[order.index(column)] for column in range(len(labels))]
+    note_order_(runner.settings, runner.model, order)
 
     def best(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[list[int]]:
         from ..models.dense import logits
@@ -199,7 +217,7 @@ def predict_tags(runner: Runner, rows: Sequence[Row], *, labels: Sequence[str]) 
     features = encode_words(rows, runner.processor, runner.max_length, labels=labels)
     tags = []
     for feature, best_L in zip(features, runner.map(features, best), strict=True):
-        tags.append(["O" if position is None else labels[best_L[position]] for position in feature["_first"]])
+        tags.append(["O" if position is None else columns[best_L[position]] for position in feature["_first"]])
     return tags
 
 
@@ -228,11 +246,12 @@ def ner_task(table: ConllFiles, sizes: tuple[int, ...], source: str, finetune: F
         rows=table.rows,
         encode=partial(encode_words, labels=table.labels),
         score=metrics_of_tags,
-        predict=partial(predict_tags, labels=table.labels),
+        predict=partial(predict_tags, labels=table.labels, aliases=table.label_aliases),
         reference=_tags,
         max_length=128,
         finetune=finetune,
         label_names=table.labels,
+        label_aliases=table.label_aliases,
     )
 
 
@@ -270,6 +289,7 @@ CONLL2003 = ner_task(
         True,
         "eriktks/conll2003",
         {"train": "train", "valid": "validation", "test": "test"},
+        {"PER": "person", "ORG": "organization", "LOC": "location", "MISC": "miscellaneous"},
     ),
     (14_041, 3_250, 3_453),
     "Tjong Kim Sang and De Meulder 2003 (CoNLL-2003)",

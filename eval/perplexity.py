@@ -58,8 +58,11 @@ def settle_window(runner: Runner, most: int | None = None) -> int:
     return window
 
 
-def text_tokens(processor: Any, text: str) -> list[int]:
-    """The token ids of a whole text, with the special tokens that this tokenizer adds by itself.
+def text_tokens(processor: Any, text: str, *, special: bool = True) -> list[int]:
+    """The token ids of a whole text.
+
+    Args:
+        special: with those that this tokenizer adds by itself: a beginning token (OPT, Llama) or none (GPT-2).
 
     Raises:
         ValueError: there is no tokenizer.
@@ -67,7 +70,7 @@ def text_tokens(processor: Any, text: str) -> list[int]:
     if processor is None or not callable(processor):
         raise ValueError(f"a language task needs the model's tokenizer, found {type(processor).__name__}")
     # verbose: no warning that the text is longer than the model's context, it is cut next
-    ids: list[int] = processor(text, verbose=False)["input_ids"]
+    ids: list[int] = processor(text, add_special_tokens=special, verbose=False)["input_ids"]
     return ids
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from .hardware import Efficiency, Hardware
+from .ratio import speed_up
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
 _FORMATS = {32: "fp32", 16: "fp16", 8: "int8", 4: "int4"}
@@ -66,6 +67,11 @@ class GemmWork:
     sparsity: str | None = None
 
     @property
+    def kind(self) -> str:
+        """Of the kernel, as `Hardware.efficiencies` names it."""
+        return self.compute + ("_2:4" if self.sparse else "")
+
+    @property
     def flops(self) -> int:
         """Operations of the dense GEMM; a 2:4 kernel is said to do them at twice the rate."""
         return 2 * self.m * self.k * self.n_out
@@ -80,14 +86,19 @@ class GemmWork:
 
 @dataclass(frozen=True)
 class GemmTime:
-    """Seconds of one GEMM by the model, what limits it, and whether the efficiency behind it was fitted."""
+    """Seconds of one GEMM by the model, what limits it, and the efficiency behind it."""
 
     name: str
     work: GemmWork
     compute_s: float
     memory_s: float
     overhead_s: float
-    fitted: bool
+    efficiency: Efficiency
+
+    @property
+    def fitted(self) -> bool:
+        """Whether measurements stand behind all of its efficiency."""
+        return self.efficiency.fitted
 
     @property
     def seconds(self) -> float:
@@ -108,7 +119,7 @@ def predict_gemm(
     """
     used = hardware.efficiency(work.compute, work.sparse) if efficiency is None else efficiency
     compute = work.flops / (used.compute * hardware.rate(work.compute, work.sparse))
-    return GemmTime(name, work, compute, work.bytes / (used.memory * hardware.bandwidth), used.overhead_s, used.fitted)
+    return GemmTime(name, work, compute, work.bytes / (used.memory * hardware.bandwidth), used.overhead_s, used)
 
 
 def gemm_work(gemm: GemmData, tokens: int, hardware: Hardware, *, dense_format: str, dense: bool = False) -> GemmWork:
@@ -178,12 +189,21 @@ class Prediction:
         """Whether measurements stand behind every efficiency factor; else placeholders do, and the text says so."""
         return all(gemm.fitted for gemm in (*self.dense, *self.compressed))
 
+    @property
+    def efficiencies(self) -> dict[str, Efficiency]:
+        """Kind of kernel (``fp32``, ``int8_2:4``) to the factors that were used for it."""
+        return {gemm.work.kind: gemm.efficiency for gemm in (*self.dense, *self.compressed)}
+
+    def factors(self) -> str:
+        """Which factors of which kernels are measured and which are guessed, in words."""
+        return "; ".join(f"{kind} {efficiency.told()}" for kind, efficiency in self.efficiencies.items())
+
     def __str__(self) -> str:
         scope = "GEMMs only" if self.other_s is None else "whole model"
         factors = "fitted efficiency" if self.fitted else "placeholder efficiency"
         return (
             f"model ({factors}): {self.hardware}, {self.tokens} tokens, {scope}: dense {self.dense_format} "
-            f"{self.dense_s * 1e6:.1f} us, compressed {self.compressed_s * 1e6:.1f} us, {self.speedup:.2f}x"
+            f"{self.dense_s * 1e6:.1f} us, compressed {self.compressed_s * 1e6:.1f} us, {speed_up(self.speedup)}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -195,6 +215,7 @@ class Prediction:
             "tokens": self.tokens,
             "scope": "gemms" if self.other_s is None else "model",
             "efficiency": "fitted" if self.fitted else "placeholder",
+            "factors": {kind: asdict(efficiency) for kind, efficiency in self.efficiencies.items()},
             "dense_us": self.dense_s * 1e6,
             "compressed_us": self.compressed_s * 1e6,
             "speedup": self.speedup,

@@ -20,6 +20,10 @@ CPU_SHAPES = (
     (256, 768, 3072), (512, 384, 1536),
 )  # fmt: skip
 
+LEAST_SHARE = 0.9  # of one core; a timed GEMM never waits, so that less was taken by other processes
+MakeGemm = Callable[[int, int, int], Callable[[], object]]
+"""(M, K, N_out) to a call that runs such a GEMM once."""
+
 
 @dataclass(frozen=True)
 class TimedGemm:
@@ -83,16 +87,42 @@ def fit_hardware(hardware: Hardware, timed: Mapping[str, Sequence[TimedGemm]]) -
     return hardware.with_efficiencies(**fitted)
 
 
+def float32_gemm(m: int, k: int, n_out: int) -> Callable[[], object]:
+    """A ``linear`` call on random numbers."""
+    x_MK, w_OI = torch.randn(m, k), torch.randn(n_out, k)
+    return lambda: torch.nn.functional.linear(x_MK, w_OI)
+
+
 def measure_gemms(
-    shapes: Sequence[tuple[int, int, int]] = CPU_SHAPES, *, repeats: int = 20, min_seconds: float = 0.002
-) -> list[TimedGemm]:
-    """Time float32 ``linear`` calls on this CPU: the median of ``repeats``, each of as many calls as fill
-    ``min_seconds``. The weights are read from memory or cache as they happen to lie, as in a model."""
-    timed = []
-    for m, k, n_out in shapes:
-        x_MK, w_OI = torch.randn(m, k), torch.randn(n_out, k)
-        seconds = _median_seconds(lambda x=x_MK, w=w_OI: torch.nn.functional.linear(x, w), repeats, min_seconds)  # type: ignore[misc]
-        timed.append(TimedGemm(GemmWork(m, k, n_out, "fp32", "fp32", "fp32", "fp32"), seconds))
+    shapes: Sequence[tuple[int, int, int]] = CPU_SHAPES,
+    kernels: Mapping[str, MakeGemm] | None = None,
+    *,
+    repeats: int = 20,
+    min_seconds: float = 0.002,
+) -> dict[str, list[TimedGemm]]:
+    """Time GEMMs on this CPU: the median of ``repeats``, each of as many calls as fill ``min_seconds``.
+
+    The kinds take turns at each shape, so that what else runs on the machine slows all of them alike. The weights are
+    read from memory or cache as they happen to lie, as in a model.
+
+    Args:
+        kernels: number format, with ``_2:4`` behind it for sparse kernels, to what makes the call for a shape; None:
+            float32 alone.
+    """
+    kernels = {"fp32": float32_gemm} if kernels is None else kernels
+    timed: dict[str, list[TimedGemm]] = {kind: [] for kind in kernels}
+    for shape in shapes:
+        calls = {kind: make(*shape) for kind, make in kernels.items()}
+        counts = {kind: _calls_that_fill(min_seconds, call) for kind, call in calls.items()}
+        found: dict[str, list[float]] = {kind: [] for kind in kernels}
+        for _ in range(repeats):
+            for kind, call in calls.items():
+                found[kind].append(_seconds(call, counts[kind]) / counts[kind])
+        for kind, seconds in found.items():
+            number_format, _, sparsity = kind.partition("_")
+            formats = number_format, number_format, number_format, "fp32"
+            work = GemmWork(*shape, *formats, bool(sparsity), sparsity or None)
+            timed[kind].append(TimedGemm(work, statistics.median(seconds)))
     return timed
 
 
@@ -105,25 +135,50 @@ def measure_bandwidth(*, megabytes: int = 128, repeats: int = 5) -> float:
     return 2 * source.numel() * 4 / best
 
 
-def this_cpu(*, repeats: int = 20, shapes: Sequence[tuple[int, int, int]] = CPU_SHAPES) -> Hardware:
-    """This processor with its threads as they are set: rate and bandwidth are the best measured, factors are fitted.
+def this_cpu(
+    kernels: Mapping[str, MakeGemm] | None = None,
+    *,
+    repeats: int = 20,
+    shapes: Sequence[tuple[int, int, int]] = CPU_SHAPES,
+) -> Hardware:
+    """This processor with its threads as they are set: rates and bandwidth are the best measured, factors are fitted.
 
     It runs for a few seconds. A share of bandwidth above 1 says that weights came from the cache, as those of small
-    models do. int8 has no rate here: whether it gains anything depends on the kernels, so it is timed, not modelled.
+    models do. Where other processes took this one's time, ``source`` says so: long calls suffer more than short ones,
+    so the numbers flatter int8 then.
+
+    Args:
+        kernels: kinds beside float32, ``int8`` and ``int8_2:4``, to what makes a call for a shape. Whether integers or
+            zeros gain anything depends on the kernels alone, so a format that has none here has no rate. The rate of
+            2:4 is twice the dense one, as GPUs' datasheets have it; its fitted share says what is left of that.
+
+    Raises:
+        ValueError: a sparse kind without its dense one.
     """
+    makers = {"fp32": float32_gemm, **(kernels or {})}
+    lonely = [kind for kind in makers if kind.partition("_")[0] not in makers]
+    if lonely:
+        raise ValueError(f"kernels: {lonely[0]} needs its dense kind too, {lonely[0].partition('_')[0]}")
     bandwidth = measure_bandwidth()
+    started, worked = time.perf_counter(), time.process_time()
     with torch.inference_mode():
-        timed = measure_gemms(shapes, repeats=repeats)
-    rate = max(gemm.work.flops / gemm.seconds for gemm in timed)
-    source = f"measured: best of {len(timed)} float32 GEMMs with PyTorch {torch.__version__}, and a memory copy"
-    cpu = Hardware(device_name("cpu"), {"fp32": rate}, bandwidth, None, None, (), source)
-    return fit_hardware(cpu, {"fp32": timed})
+        timed = measure_gemms(shapes, makers, repeats=repeats)
+    share = (time.process_time() - worked) / (time.perf_counter() - started)
+    rates = {kind: max(gemm.work.flops / gemm.seconds for gemm in found) for kind, found in timed.items()}
+    source = (
+        f"measured: the best of {len(shapes)} GEMMs each of {', '.join(makers)} (float32: PyTorch "
+        f"{torch.__version__}), and a memory copy"
+    )
+    if share < LEAST_SHARE:
+        source += f"; on a busy machine, which left {share:.0%} of a core to this process: measure again on an idle one"
+    sparse = tuple(kind.partition("_")[0] for kind in makers if "_" in kind)
+    dense = {kind: rate for kind, rate in rates.items() if "_" not in kind}
+    return fit_hardware(Hardware(device_name("cpu"), dense, bandwidth, None, None, sparse, source), timed)
 
 
-def _median_seconds(call: Callable[[], object], repeats: int, min_seconds: float) -> float:
+def _calls_that_fill(seconds: float, call: Callable[[], object]) -> int:
     call()
-    calls = max(1, round(min_seconds / max(_seconds(call, 1), 1e-9)))
-    return statistics.median(_seconds(call, calls) / calls for _ in range(repeats))
+    return max(1, round(seconds / max(_seconds(call, 1), 1e-9)))
 
 
 def _seconds(call: Callable[[], object], calls: int) -> float:

@@ -13,7 +13,8 @@ from torch import nn
 from ..models.call import TARGETS
 from ..models.dense import logits
 from .environment import library_versions
-from .fit import check_head, check_reads
+from .fit import check_device, check_head, check_reads
+from .labels import note_order_, task_order
 from .runner import Runner, evaluating
 from .task import Feature, Row, Score, Setting, Task
 
@@ -90,15 +91,19 @@ def evaluate(
             declares.
         split: None takes the task's last one.
         limit: score only so many rows, always the same ones; the scores are then marked as not complete.
-        max_length: longer texts are truncated to so many tokens; None takes the task's own.
+        max_length: longer texts are truncated to so many tokens, at least 1; None takes the task's own.
         settings: values for the names in ``task.settings``.
         seed: training seed of the model, recorded in the scores.
+
+    A model whose config names its classes in another order than the task has its logits put into the task's order; the
+    scores' settings then hold ``label_order``.
 
     Returns:
         One `Score` per metric, the task's primary metric first.
 
     Raises:
-        ValueError: unknown task, split or setting, no tokenizer, or a model that does not fit the task.
+        ValueError: unknown task, split or setting, no tokenizer, no such device, or a model that does not fit the task,
+            by its head or by the names of its classes.
         DataError: data missing or broken.
     """
     if isinstance(task, str):
@@ -108,8 +113,12 @@ def evaluate(
     split = task.report_split if split is None else split
     size = task.size(split)
     conditions = task.resolved(settings)
+    check_device(device)
     check_reads(model, task)
     check_head(model, task)
+    task_order(model, task)
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length must be at least 1 token, got {max_length}")
     length = 0
     if task.max_length is not None:
         length = task.max_length if max_length is None else max_length
@@ -157,6 +166,10 @@ def predict_classes(runner: Runner, rows: Sequence[Row], task: Task) -> list[Any
         )
     if task.kind == "text-regression":
         return logits_NC[:, 0].tolist()
+    order = task_order(runner.model, task)
+    if order is not None:
+        logits_NC = logits_NC[:, list(order)]
+        note_order_(runner.settings, runner.model, order)
     return logits_NC.argmax(-1).tolist()
 
 

@@ -95,6 +95,7 @@ _IMDB = partial(
     max_length=512,
     finetune=_DEFAULTS,
     label_names=LABELS,
+    label_aliases={"negative": ("neg",), "positive": ("pos",)},
 )
 IMDB = _IMDB(name="imdb", splits=SPLITS, sizes=(25_000, 25_000), rows=imdb_rows)
 IMDB_HALVES = _IMDB(

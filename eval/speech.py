@@ -191,8 +191,9 @@ def error_rates(predictions: Sequence[str], references: Sequence[str]) -> dict[s
 
 
 _FINETUNE = FinetuneDefaults(
-    6, 3e-4, 32, 0, "Deep Compression, Wav2vec2-large on 100 h of LibriSpeech (AdamW, linear decay); nothing is cut"
-)
+    6, 3e-4, 32, 0, "Deep Compression, Wav2vec2-large on 100 h of LibriSpeech; nothing is cut",
+    warmup_steps=500, optimizer="adamw", schedule="linear",
+)  # fmt: skip
 
 
 def _task(

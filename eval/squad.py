@@ -127,6 +127,8 @@ def _row(
     for text, start in answers:
         if not isinstance(text, str) or not text.strip():
             raise _RowError("an answer is empty")
+        if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+            raise _RowError(f"answer_start of {text!r}: expected the number of a character, from 0, found {start!r}")
         if context[start : start + len(text)] != text:
             found = context[start : start + len(text)]
             raise _RowError(f"expected the answer {text!r} at character {start} of the context, found {found!r}")
@@ -177,10 +179,10 @@ def predict_squad2(runner: Runner, rows: Sequence[Row]) -> list[Answer]:
 _FINETUNE = FinetuneDefaults(
     epochs=4,
     learning_rate=3e-5,
-    batch_size=24,
+    batch_size=3,
+    devices=8,
     max_length=384,
-    source="GPUSQ-TLM, table 6: BERT on SQuAD, Adam, 3 sequences on each of 8 GPUs; windows of 384 tokens: "
-    "Devlin et al. 2019's code",
+    source="GPUSQ-TLM, table 6: BERT on SQuAD; windows of 384 tokens: Devlin et al. 2019's code",
 )
 _SETTINGS = {"stride": 128, "n_best": 20, "max_answer_length": 30}
 

@@ -204,9 +204,10 @@ def _task(
         finetune=FinetuneDefaults(
             epochs=3,
             learning_rate=rate,
-            batch_size=128,
+            batch_size=16,
+            devices=8,
             max_length=1024,
-            source="GPUSQ-TLM, table 6: BART, Adam, 16 documents on each of 8 GPUs",
+            source="GPUSQ-TLM, table 6: BART; the length is BART's",
         ),
     )
 

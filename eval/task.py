@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .fields import checked_fields, require_bool, require_count, require_libraries, require_text
+from .finetune_defaults import FinetuneDefaults
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,8 @@ Feature = Mapping[str, Any]
 Setting = str | int | float
 IGNORED = -100  # label of a token that has none
 
+_SPLIT_WORDS = (("train",), ("valid", "val", "dev"), ("test", "eval"))  # what splits of the same purpose are called
+
 # kind of task: what the model reads, and the heads that can do it, as ``load_dense(kind=...)`` says them
 NEEDS: dict[str, tuple[str, tuple[ModelKind, ...]]] = {
     "text-classification": ("text", ("classification",)),
@@ -55,23 +58,6 @@ def nearest(what: str, name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.4)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"unknown {what} {name!r}: expected one of {', '.join(names)}{hint}"
-
-
-@dataclass(frozen=True)
-class FinetuneDefaults:
-    """How a paper fine-tuned the dense baseline on a task; used where the user says nothing else.
-
-    Args:
-        epochs, learning_rate, batch_size: the batch is that of one step, over all devices of the source.
-        max_length: tokens of a training sequence.
-        source: paper, table or section; what it does not say and was chosen stands here too.
-    """
-
-    epochs: float
-    learning_rate: float
-    batch_size: int
-    max_length: int
-    source: str
 
 
 @dataclass(frozen=True)
@@ -127,6 +113,7 @@ class Task:
         unlabelled: official splits that have no public labels; asking for one says so.
         finetune: how the papers trained the dense baseline.
         label_names: name of each class, in the order of the logits; empty where there is none to know.
+        label_aliases: further names that published models give a class.
     """
 
     name: str
@@ -155,6 +142,7 @@ class Task:
     unlabelled: tuple[str, ...] = ()
     finetune: FinetuneDefaults | None = None
     label_names: tuple[str, ...] = ()
+    label_aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_text(self, "name", "source", "metric")
@@ -169,6 +157,8 @@ class Task:
             raise ValueError(f"task {self.name}: sizes must give a number of rows per split, got {self.sizes!r}")
         if self.label_names and len(self.label_names) != self.num_labels:
             raise ValueError(f"task {self.name}: label_names must be {self.num_labels} names, got {self.label_names!r}")
+        if unknown := sorted(set(self.label_aliases) - set(self.label_names)):
+            raise ValueError(f"task {self.name}: label_aliases has {', '.join(unknown)}, which label_names has not")
 
     @property
     def report_split(self) -> str:
@@ -197,8 +187,24 @@ class Task:
                 f"take one of {', '.join(self.splits)}"
             )
         if split not in self.splits:
-            raise ValueError(f"{self.name}: " + nearest("split", split, self.splits))
+            raise ValueError(
+                f"{self.name}: unknown split {split!r}: expected one of {', '.join(self.splits)}; did you mean "
+                f"{self._split_like(split)!r}?"
+            )
         return self.sizes[self.splits.index(split)]
+
+    def _split_like(self, name: str) -> str:
+        """The split that an unknown name means: one of the same purpose, of similar letters, or the reported one."""
+        asked = name.casefold()
+        alike = [
+            split
+            for words in _SPLIT_WORDS
+            if asked.startswith(words)
+            for split in self.splits
+            if split.startswith(words)
+        ]
+        close = difflib.get_close_matches(asked, alike or self.splits, n=1, cutoff=0.0 if alike else 0.75)
+        return close[0] if close else self.report_split
 
     def resolved(self, chosen: Mapping[str, Setting] | None) -> dict[str, Setting]:
         """The task's settings with the user's values, which take the type of the default (text is parsed).

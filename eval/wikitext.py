@@ -6,7 +6,8 @@ two was read is the setting ``text`` of every score (``raw`` or ``unk``): number
 Hub: ``EleutherAI/wikitext_document_level``, raw.
 
 A page begins at a line `` = Title = `` with one equals sign on each side, as in that dataset. The rule is blind to
-meaning: the test split has 60 articles and 62 pages, because two lines inside articles look like titles.
+meaning: the test split has 60 articles (Merity et al. 2016, table 1) and 62 pages, because two formulas in the article
+"Constant k filter" look like titles.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Wikitext:
         """``[{"page": str, "settings": {"text": "raw" or "unk"}}]``, which joined by line feeds are the file.
 
         Raises:
-            ValueError: unknown split. DataError: not found, not UTF-8, or no page in it.
+            ValueError: unknown split. DataError: not found, not UTF-8, no page in it, or text before the first title.
         """
         if split not in HUB_SPLITS:
             raise ValueError(f"wikitext{self.size}: " + nearest("split", split, HUB_SPLITS))
@@ -44,11 +45,25 @@ class Wikitext:
         stem = f"wikitext-{self.size}"
         raw, unk = f"{stem}-raw/wiki.{split}.raw", f"{stem}/wiki.{split}.tokens"
         path = files.find_file(f"wikitext{self.size}, split {split},", folder, (raw, unk))
-        pages = split_pages(files.read_text(path))
+        text = files.read_text(path)
+        pages = split_pages(text)
         if not pages:
             raise files.DataError(f"{path}:1: expected articles that begin with a line ' = Title = ', found none")
+        first = pages[0].split("\n", 1)[0]
+        if not is_title(first):  # text before the first title, or no title at all: another kind of file
+            line = 1 + next(number for number, one in enumerate(text.split("\n")) if one.strip())
+            raise files.DataError(
+                f"{path}:{line}: expected articles that begin with a line ' = Title = ', found text before any title: "
+                f"{text.split(chr(10))[line - 1].strip()[:60]!r}"
+            )
         version = "raw" if path.name.removesuffix(".xz").endswith(".raw") else "unk"
         return [{"page": page, "settings": {"text": version}} for page in pages]
+
+
+def is_title(line: str) -> bool:
+    """Whether a line begins a page: one equals sign on each side, as in `HUB`."""
+    bare = line.replace("= = =", "===").replace("= =", "==").strip()
+    return bare.startswith("= ") and bare.endswith(" =")
 
 
 def split_pages(text: str) -> list[str]:
@@ -56,8 +71,7 @@ def split_pages(text: str) -> list[str]:
     pages: list[str] = []
     lines: list[str] = []
     for line in text.split("\n"):
-        bare = line.replace("= = =", "===").replace("= =", "==").strip()
-        if bare.startswith("= ") and bare.endswith(" ="):
+        if is_title(line):
             pages.append("\n".join(lines))
             lines = []
         lines.append(line)

@@ -44,7 +44,7 @@ def search(**changes: Any) -> Search:
         validation="6,735 of 67,349 rows of 'train' held out", method="grid", seed=0,
         space={"learning_rate": [1e-5, 3e-5], "rho": {"low": 4e-4, "high": 1e-2, "log": True, "integer": False}},
         planned=4, failed=1, values=(0.90, 0.92, 0.91), best={"learning_rate": 3e-5, "rho": 0.001},
-        mean_seconds=600.0, device=CPU,
+        mean_seconds=600.0, device=CPU, model=None, recipe=None,
     )  # fmt: skip
     return Search(**{**fields, **changes})
 

@@ -1,10 +1,19 @@
 """The command line as a user meets it: output, JSON, exit codes, errors."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
+import torch
 from squeezoo.cli import app
+from squeezoo.compress import selftest
+from squeezoo.compress.backends import CheckpointError
+from squeezoo.compress.runtime import caches, int8_supported, native
+from squeezoo.compress.runtime.cuda_support import CudaError
+from squeezoo.compress.selftest import Check
 from squeezoo.models.dense import load_dense, save_dense
+from squeezoo.pipeline import load_any
 from tiny import TIMM_ARGS
 from typer.testing import CliRunner
 
@@ -61,7 +70,7 @@ def test_finetune_compress_eval_verify_bench_card(dense, checkpoint, tmp_path):
     assert (made["folder"], made["stages"][0]["steps"]) == (str(tmp_path / "d"), 4)
     assert json.loads((tmp_path / "d" / "squeezoo_training.json").read_text())["base"]["name"] == "dense"
     for model in (dense, checkpoint):
-        scores = json.loads(run("eval", model, "--task", "digits", "--limit", 40, "--json").stdout)
+        scores = json.loads(run("eval", model, "--task", "digits", "--limit", 40, "--json").stdout)["scores"]
         assert [(s["metric"], s["samples"], s["complete"]) for s in scores] == [
             ("accuracy", 40, False),
             ("top5", 40, False),
@@ -90,7 +99,65 @@ def test_finetune_compress_eval_verify_bench_card(dense, checkpoint, tmp_path):
     assert (checkpoint / "README.md").read_text() == text
     json_file = tmp_path / "scores.json"
     run("eval", checkpoint, "--task", "digits", "--limit", 5, "--json-file", json_file)
-    assert json.loads(json_file.read_text())[0]["samples"] == 5
+    assert json.loads(json_file.read_text())["scores"][0]["samples"] == 5
+
+
+def test_each_epoch_is_scored_on_rows_that_are_not_reported(dense, tmp_path):
+    """Digits have a validation split beside the reported one: 355 rows. The lines are said, and kept in the log."""
+    from squeezoo.compress.checkpoint import load
+    from squeezoo.eval.run import evaluate
+
+    options = ("--task", "digits", "--epochs", 2, "--limit", 64, "--batch-size", 32)
+    result = run("compress", dense, "-r", "nxm-admm", *options, "--eval-each-epoch", "-o", tmp_path / "a", "--json")
+    assert "scored after each epoch: the task's own split 'validation'" in result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "a" / "training_log.jsonl").read_text().splitlines()]
+    scored = [line for line in lines if line["kind"] == "evaluation"]
+    assert [(s["stage"], s["step"], s["epoch"], s["split"], s["samples"]) for s in scored] == [
+        (1, 2, 1.0, "validation", 355),
+        (1, 4, 2.0, "validation", 355),
+    ]
+    for score in scored:
+        text = f"epoch {score['epoch']:g}: accuracy {score['accuracy']:.4f}, top5 {score['top5']:.4f}, split validation"
+        assert text in result.stderr
+    # the last look is at what was saved
+    found = evaluate(load(tmp_path / "a"), "digits", None, split="validation", progress=False)
+    assert found[0].value == pytest.approx(scored[-1]["accuracy"], abs=1 / 355 + 1e-9)
+    plain = run("compress", dense, "-r", "nxm-admm", *options, "-o", tmp_path / "b", "--json")
+    assert "epoch 1: accuracy" not in plain.stderr
+    assert "evaluation" not in (tmp_path / "b" / "training_log.jsonl").read_text()
+    assert "needs a task" in run("compress", dense, "-r", "nxm-admm", "--eval-each-epoch", "-o", "x", code=1).stderr
+    refused = run(
+        "compress", dense, "-r", "magnitude-2-4", "-t", "digits", "--eval-each-epoch", "-o", tmp_path / "x", code=1
+    )  # fmt: skip
+    assert "recipe magnitude-2-4 has none" in refused.stderr
+
+
+def test_what_is_used_in_place_of_missing_coefficients_is_told_once(dense, tmp_path):
+    """SAWB has none for 6 bits: the plan says so, in both forms, and compress says it before it begins, and no warning
+    of Python's does."""
+    import warnings
+
+    (tmp_path / "six.yaml").write_text(RECIPE_OF_SIX_BITS)
+    told = "no SAWB coefficients are published for 6 bits, zero-aligned: the clip value is max|w| instead; write `fit:"
+    assert run("plan", dense, "-r", tmp_path / "six.yaml").stdout.count(told) == 1
+    assert told in json.loads(run("plan", dense, "-r", tmp_path / "six.yaml", "--json").stdout)["notes"][0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        result = run(
+            "compress", dense, "-r", tmp_path / "six.yaml", "-t", "digits", "--limit", 32, "-o", tmp_path / "x"
+        )
+    assert result.stderr.count(told) == 1
+    assert told not in result.stdout
+    assert json.loads(run("plan", dense, "-r", "gpusq-gemm-int8", "--json").stdout)["notes"] == []
+
+
+RECIPE_OF_SIX_BITS = """
+name: six
+description: d
+source: s
+rules: [{roles: [block], weight: {method: sawb, bits: 6}, input: {method: minmax, bits: 8}}]
+stages: [{stage: calibrate}]
+"""
 
 
 @pytest.mark.parametrize(
@@ -105,6 +172,10 @@ def test_finetune_compress_eval_verify_bench_card(dense, checkpoint, tmp_path):
         (("eval", "{dense}", "--task", "glue/sst2"), "glue/sst2 is a task on text, but VisionTransformer reads images"),
         (("compress", "{dense}", "-r", "asp-2-4", "-t", "glue/mrpc", "-o", "{tmp}/x"), "is a task on text"),
         (("verify", "{dense}"), "holds no squeezoo.json"),
+        (("plan", "{checkpoint}", "-r", "asp-2-4"), "squeezoo export"),
+        (("permute", "digits-vit.digits.gpusq-gemm-int8"), "is a compressed model of the zoo"),
+        (("plan", "no-such-model", "-r", "no-such-recipe"), "no-such-recipe"),
+        (("adapters", "--check", "no-such-model"), "no-such-model"),
         (("info", "nothing"), "nothing"),
         (("adapters", "--show", "resnet"), "Known: bert"),
         (("card", "{checkpoint}", "--dense", "{dense}"), "give --task"),
@@ -120,7 +191,38 @@ def test_bad_input_is_one_message_and_exit_code_1(arguments, message, dense, che
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize("options", [(), ("--backend", "cuda"), ("--throughput", 3)])
+@pytest.mark.parametrize("which", ["dense", "checkpoint"])
+def test_eval_on_cuda_without_cuda_is_one_message(which, options, dense, checkpoint):
+    """The device reaches the loading: a checkpoint's CUDA backend is asked for, not the CPU's moved there."""
+    model = {"dense": dense, "checkpoint": checkpoint}[which]
+    result = run("eval", model, "--task", "digits", "--limit", 5, "--device", "cuda", *options, code=1)
+    assert "built without" in " ".join(result.stderr.split()) or "no CUDA device" in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_a_checkpoint_is_loaded_for_its_device(dense, checkpoint):
+    """Not loaded for the CPU and then moved: its CUDA backend says itself that it cannot run; a dense model is asked
+    about its device before it is read."""
+    with pytest.raises(CheckpointError, match="CUDA was asked for, but PyTorch"):
+        load_any(str(checkpoint), device="cuda")
+    for source in (str(dense), "no-such-model"):
+        with pytest.raises(CudaError, match="CUDA was asked for, but PyTorch"):
+            load_any(source, device="cuda")
+
+
+def test_a_failed_check_of_an_adapter_is_exit_code_1_and_its_table_alone(dense, monkeypatch):
+    failed = [Check("something", False, "why")]
+    monkeypatch.setattr(selftest, "self_test", lambda model: failed)
+    result = run("adapters", "--check", dense, code=1)
+    assert "why" in result.stdout
+    assert "error" not in result.stderr
+
+
 def test_wrong_usage_is_exit_code_2(dense):
+    run("bench", "x", "--repeats", 2, code=2)
     run("plan", dense, code=2)
     run("bench", "x", "--backend", "quick", code=2)
 
@@ -137,6 +239,37 @@ def test_one_adapter_and_one_recipe():
 
 
 def test_doctor_says_what_the_runtime_can_use():
+    """Every part that README speaks of, each with a reason; the same facts in both forms. Expected: what the parts say
+    themselves."""
     data = json.loads(run("doctor", "--json").stdout)
-    assert set(data["runtime"]) == {"int8", "reference"}
+    runtime = data["runtime"]
+    assert set(runtime) == {"int8", "native", "cuda", "triton", "selection", "reference"}
+    assert all(isinstance(part["supported"], bool) and part["note"] for part in runtime.values())
+    assert (runtime["int8"]["supported"], runtime["int8"]["note"]) == int8_supported()
+    assert (runtime["native"]["supported"], runtime["native"]["note"]) == native.available()
+    if runtime["native"]["supported"]:
+        assert Path(runtime["native"]["library"]).is_file()
+        assert runtime["native"]["compiler"]
+        assert "avx512_vnni" in runtime["native"]["instructions"]
+    if not torch.cuda.is_available():
+        assert (runtime["cuda"]["supported"], runtime["cuda"]["capability"]) == (False, None)
+        assert "CUDA was asked for, but" in runtime["cuda"]["note"]
     assert data["libraries"]["torch"]
+    text = " ".join(run("doctor").stdout.split())
+    for part in ("native int8 kernels", "backend cuda", "Triton kernels", "measured times", "compiler", "folder"):
+        assert part in text
+
+
+def test_doctor_without_compiler_and_with_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "squeezoo").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    caches._private_root.cache_clear()
+    runtime = json.loads(run("doctor", "--json").stdout)["runtime"]
+    caches._private_root.cache_clear()
+    assert runtime["native"]["compiler"] is None
+    assert not runtime["selection"]["writable"]
+    assert runtime["selection"]["folder"].startswith(str(tmp_path / "squeezoo-"))
+    assert "cannot be written" in runtime["selection"]["note"]

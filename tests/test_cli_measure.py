@@ -82,12 +82,13 @@ def test_settings_and_families_of_tasks(decoder, tmp_path):
     for split in ("train", "valid", "test"):
         (folder / f"wiki.{split}.tokens").write_text(text)
     options = ("--data-dir", tmp_path, "--max-length", 16, "--limit", 5, "--json")
-    scores = json.loads(run("eval", decoder, "--task", "wikitext2", *options).stdout)
+    scores = json.loads(run("eval", decoder, "--task", "wikitext2", *options).stdout)["scores"]
     assert {s["task"] for s in scores} == {"wikitext2/token", "wikitext2/sliding", "wikitext2/word"}
     one = [
-        json.loads(run("eval", decoder, "--task", "wikitext2/sliding", "--set", f"stride={s}", *options).stdout)[0]
+        json.loads(run("eval", decoder, "--task", "wikitext2/sliding", "--set", f"stride={s}", *options).stdout)
         for s in (4, 8)
     ]
+    one = [record["scores"][0] for record in one]
     assert [s["settings"]["stride"] for s in one] == [4, 8]
     assert all(a["value"] != b["value"] for a, b in pairwise(one))
     result = run("eval", decoder, "--task", "wikitext2/sliding", "--set", "strid=4", *options, code=1)

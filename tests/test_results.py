@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from squeezoo.results_tables import cell_table, method_table, race_table, score_table, tables, with_table
+from squeezoo.results_tables import (
+    cell_table,
+    method_table,
+    race_table,
+    read_scores,
+    score_table,
+    scores_in,
+    tables,
+    with_table,
+)
 
 RESULTS = Path(__file__).parents[1] / "results"
 EVALUATIONS = sorted((RESULTS / "eval").glob("*.json"))
@@ -26,7 +36,7 @@ def test_the_tables_say_what_the_files_say() -> None:
 
 @pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.stem)
 def test_every_score_names_its_libraries(path: Path) -> None:
-    assert all(score["libraries"]["torch"] for score in json.loads(path.read_text(encoding="utf-8")))
+    assert all(score["libraries"]["torch"] for score in scores_in(json.loads(path.read_text(encoding="utf-8"))))
 
 
 def scores_of(**f1: float) -> dict[str, list[dict[str, object]]]:
@@ -41,10 +51,12 @@ def test_methods_are_compared_with_the_dense_model_of_their_seed() -> None:
     A seed without a dense model counts for the mean alone."""
     lines = method_table(scores_of(denses0=0.90, denses1=0.86, asp_2_4s0=0.88, asp_2_4s1=0.87))
     assert lines[2] == "| dense, 5 epochs | 90.00, 86.00 | 88.00 | 2.83 |  |  |"
-    assert lines[3] == "| `asp-2-4`, 12 epochs | 88.00, 87.00 | 87.50 | 0.71 | -0.50 | -3.6 (N) |"
-    assert "| `dq`, no training | -, 80.00 | 80.00 |  | -6.00 |  |" in method_table(scores_of(denses1=0.86, dqs1=0.8))
+    assert lines[3] == "| `asp-2-4`, 12 epochs | 88.00, 87.00 | 87.50 | 0.71 | -0.50 |  |"
+    assert "| `dq`, no training | -, 80.00 | 80.00 |  | -6.00 | -1.0 on sentiment (T) |" in method_table(
+        scores_of(denses1=0.86, dqs1=0.8)
+    )
     alone = method_table(scores_of(denses0=0.86, dqs1=0.8))
-    assert alone[3] == "| `dq`, no training | -, 80.00 | 80.00 |  |  |  |"
+    assert alone[3] == "| `dq`, no training | -, 80.00 | 80.00 |  |  | -1.0 on sentiment (T) |"
     with pytest.raises(ValueError, match="no label for the methods magic"):
         method_table(scores_of(denses0=0.9, magics0=0.9))
 
@@ -82,3 +94,17 @@ def test_the_race_has_the_cells_with_peers_and_each_peer_s_better_mode() -> None
 def test_marks_that_are_missing_are_named() -> None:
     with pytest.raises(ValueError, match="found none of them"):
         with_table("text", "scores", [])
+
+
+def test_both_forms_of_a_file_of_scores_are_read(tmp_path: Path) -> None:
+    """The list that it was, and the record with device and model that it is."""
+    score = {"task": "t", "split": "test", "samples": 12, "complete": True, "metric": "accuracy", "value": 0.5}
+    (tmp_path / "old.json").write_text(json.dumps([score]))
+    (tmp_path / "new.json").write_text(json.dumps({"model": {"name": "m"}, "skipped": [], "scores": [score]}))
+    assert read_scores(tmp_path) == {"old": [score], "new": [score]}
+
+
+@pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.stem)
+def test_no_file_of_scores_tells_a_folder_of_the_machine(path: Path) -> None:
+    """Absolute paths begin a text or follow a quotation mark or a space."""
+    assert not re.search(r"""["' ]/\w""", path.read_text(encoding="utf-8"))

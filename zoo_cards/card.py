@@ -192,6 +192,10 @@ def _check_storage(card: Card) -> None:
         )
     if card.search is not None and card.search.task not in {data.task for data in card.data}:
         raise ValueError(f"card {card.name}: the search chose by {card.search.task}, which `data` does not describe")
+    if card.search is not None and card.search.recipe not in (None, card.recipe.name):
+        raise ValueError(
+            f"card {card.name}: the search is of recipe {card.search.recipe}, this card of {card.recipe.name}"
+        )
 
 
 def _check_scores(card: Card) -> None:

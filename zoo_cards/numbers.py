@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import math
 
+from ..eval.ratio import speed_up
 from ..eval.task import Score
+
+__all__ = [
+    "PERCENT", "deviation", "difference", "duration", "metric_name", "milliseconds", "shown", "size", "speed_up",
+    "spread", "value",
+]  # fmt: skip
 
 # Metrics whose fraction people read as a percentage; correlations, BLEU, perplexity and the rest stay as they are.
 PERCENT = frozenset({
@@ -37,12 +43,6 @@ def difference(score: Score, reference: Score) -> str:
     """Signed distance to ``reference``: ``-0.34 points`` for percentages, else in the metric's own unit."""
     gap = score.value - reference.value
     return f"{100 * gap:+.2f} points" if score.metric in PERCENT else f"{gap:+.3g}"
-
-
-def speed_up(ratio: float) -> str:
-    """``2.31x``, rounded down to two decimals so that a slower model never shows as 1.00x; slower is said so."""
-    shown = math.floor(100 * ratio + 1e-9) / 100
-    return f"{shown:.2f}x" if ratio >= 1 else f"{shown:.2f}x, slower"
 
 
 def milliseconds(ms: float) -> str:

@@ -193,8 +193,10 @@ def trials(card: Card) -> str:
         ],
     )
     seconds = search.mean_seconds
+    known = search.recipe is not None and search.model is not None
+    of = f"of {search.recipe} from {search.model}" if known else "(model and recipe are not in its record)"
     return "\n\n".join([
-        f"{said} {search.method.capitalize()} search of {search.planned} trials from seed {search.seed} on "
+        f"{said} {search.method.capitalize()} search {of}, {search.planned} trials from seed {search.seed} on "
         f"{search.device}: {len(search.values)} complete, {search.failed} failed; mean training time of a trial "
         f"{NOT_MEASURED if seconds is None else numbers.duration(seconds)}.",
         Grid(["searched", "values", "chosen"], _space(search), left=3).markdown(),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..eval.expected import expected_validation_performance
+from .strict import record_from
 
 SWEEP = "sweep.json"
 
@@ -23,6 +24,8 @@ class Search:
     """The trials behind a card.
 
     Args:
+        model, recipe: what every trial started from, as a name without a folder, and how it was trained; None where the
+            record is older than these fields.
         task, metric, higher_is_better: what the trials were chosen by. split: of validation.
         validation: where the validation rows come from, in words.
         method, seed, space: how the settings were drawn and from what.
@@ -46,6 +49,8 @@ class Search:
     best: Mapping[str, Any]
     mean_seconds: float | None
     device: str
+    model: str | None = None
+    recipe: str | None = None
 
     def __post_init__(self) -> None:
         if not self.values or not all(math.isfinite(value) for value in self.values):
@@ -99,4 +104,31 @@ class Search:
             failed=sum(trial["state"] == "failed" for trial in report["trials"]),
             values=tuple(float(trial["value"]) for trial in done), best=best["settings"],
             mean_seconds=statistics.fmean(seconds) if seconds else None, device=report["device"],
+            model=_name(report.get("model")), recipe=report.get("recipe"),
         )  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Search:
+        """From a card's JSON data; cards written before ``model`` and ``recipe`` were recorded have neither."""
+        older = {"model": None, "recipe": None}
+        return record_from(cls, {**older, **data} if isinstance(data, Mapping) else data)
+
+    def check_chose(self, *, model: str, recipe: str, task: str) -> None:
+        """Whether these trials are of this model, recipe and task; what an older record does not say is not checked.
+
+        Args:
+            model: a name or a folder.
+
+        Raises:
+            ValueError: they are of another; names all that differ.
+        """
+        mine = {"recipe": self.recipe, "model": self.model, "task": self.task}
+        wanted = {"recipe": recipe, "model": _name(model), "task": task}
+        other = [f"{key} {mine[key]}, expected {wanted[key]}" for key in mine if mine[key] not in (None, wanted[key])]
+        if other:
+            raise ValueError(f"the sweep is of another run: {'; '.join(other)}")
+
+
+def _name(model: str | None) -> str | None:
+    """A model's folder without the way to it: cards hold no path of a machine."""
+    return None if model is None else Path(model).name

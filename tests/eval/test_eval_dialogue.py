@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from itertools import chain
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +16,7 @@ from squeezoo.eval import files, get_task
 from squeezoo.eval.dialogue import predict, references
 from squeezoo.eval.dialogue_files import convai2_rows, read_convai2, read_synthetic, synthetic_rows
 from squeezoo.eval.dialogue_prompt import prompt_text, prompts
-from squeezoo.eval.dialogue_score import Reply, bert_score_f1, score
+from squeezoo.eval.dialogue_score import Reply, score
 from squeezoo.eval.likelihood import Pairs, log_likelihoods
 from squeezoo.eval.run import evaluate
 from squeezoo.eval.runner import Runner
@@ -251,38 +249,6 @@ def test_hits_count_ranks(ranks: list[int]) -> None:
     """The share of ranks up to 1, 5 and 10."""
     found = score([[_reply(rank=rank) for rank in ranks]], [["a"] * len(ranks)])
     assert [found[f"hits@{k}"] for k in (1, 5, 10)] == [sum(r <= k for r in ranks) / len(ranks) for k in (1, 5, 10)]
-
-
-def test_bertscore_needs_library_folder_and_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is asked for in turn; the library itself is a stand-in with the signature of bert_score.score."""
-    settings: dict[str, Any] = {"bertscore_model": "", "bertscore_layer": 0}
-    assert bert_score_f1(["a"], ["a"], settings, "cpu", 4) == []
-    settings["bertscore_model"] = str(tmp_path / "my-bert")
-    with pytest.raises(ValueError, match=r"expected a folder with an encoder \(config\.json\)"):
-        bert_score_f1(["a"], ["a"], settings, "cpu", 4)
-    (tmp_path / "my-bert").mkdir()
-    (tmp_path / "my-bert" / "config.json").write_text("{}", encoding="utf-8")
-    monkeypatch.setitem(sys.modules, "bert_score", None)
-    with pytest.raises(ValueError, match="pip install bert-score"):
-        bert_score_f1(["a"], ["a"], settings, "cpu", 4)
-    called: list[Any] = []
-
-    def stand_in(cands: Any, refs: Any, model_type: Any = None, num_layers: Any = None, **more: Any) -> Any:
-        called.append((cands, refs, model_type, num_layers))
-        return torch.zeros(2), torch.zeros(2), torch.tensor([0.5, 1.0])
-
-    library, utilities = ModuleType("bert_score"), SimpleNamespace(model2layers={"bert-base-uncased": 9})
-    library.__dict__.update(score=stand_in, utils=utilities)
-    monkeypatch.setitem(sys.modules, "bert_score", library)
-    monkeypatch.setitem(sys.modules, "bert_score.utils", utilities)
-    with pytest.raises(ValueError, match="knows no layer for a model named 'my-bert'"):
-        bert_score_f1(["a"], ["a"], settings, "cpu", 4)
-    settings["bertscore_layer"] = 3
-    assert bert_score_f1(["a", "b"], ["a", "c"], settings, "cpu", 4) == [0.5, 1.0]
-    assert called == [(["a", "b"], ["a", "c"], str(tmp_path / "my-bert"), 3)]
-    assert settings == {"bertscore_model": "my-bert", "bertscore_layer": 3}  # no path of this machine in a score
-    found = score([[Reply("a", 1, -1.0, 1, 0.5), Reply("b", 1, -1.0, 1, 1.0)]], [["a", "c"]])
-    assert found["bertscore"] == 0.75
 
 
 # whole evaluations

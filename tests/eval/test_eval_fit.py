@@ -50,11 +50,17 @@ def test_wrong_head() -> None:
 def test_families_mean_the_members_that_fit() -> None:
     """The tiny BERT has 3 labels, as MNLI; the tiny GPT-2 is a causal language model; names stand for themselves."""
     three = [task.name for task in tasks_for(TINY["bert"](), "glue, glue/sst2")]
-    assert three == ["glue/mnli", "glue/mnli-mm", "glue/sst2"]
+    assert three == ["glue/sst2", "glue/mnli", "glue/mnli-mm"]  # in the order of the family
     causal = [task.name for task in tasks_for(ALL["gpt2"](), "wikitext2")]
     assert causal == ["wikitext2/token", "wikitext2/sliding", "wikitext2/word"]
     assert [task.name for task in tasks_for(ALL["bert_mlm"](), "wikitext2")] == ["wikitext2/masked"]
     with pytest.raises(ValueError, match="no task of the family 'glue' fits GPT2LMHeadModel, which is of kind"):
         tasks_for(ALL["gpt2"](), "glue")
+    named = ALL["bert"]()
+    named.config.id2label = {0: "contradiction", 1: "neutral", 2: "entailment"}
+    assert [task.name for task in tasks_for(named, "glue")] == ["glue/mnli", "glue/mnli-mm"]
+    named.config.id2label = {0: "red", 1: "green", 2: "blue"}
+    with pytest.raises(ValueError, match="no task of the family 'glue' fits BertForSequenceClassification"):
+        tasks_for(named, "glue")
     with pytest.raises(ValueError, match="unknown task 'gleu/sst2'"):
         tasks_for(TINY["bert"](), "gleu/sst2")

@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from squeezoo.eval import files, get_task, image
-from tiny import make
+from squeezoo.eval import cifar10_files, files, get_task, image
+from squeezoo.models.dense import load_dense
+from tiny import TIMM_ARGS, make
 
 DIGITS, CIFAR10 = get_task("digits"), get_task("cifar10")
 
@@ -101,11 +102,99 @@ def test_cifar10_hub_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         encoding="utf-8",
     )
     monkeypatch.delenv("SQUEEZOO_DATA", raising=False)
-    monkeypatch.setattr(image, "CIFAR10_HUB", str(hub))
+    monkeypatch.setattr(cifar10_files, "HUB", str(hub))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (row,) = CIFAR10.rows("test", None)
     assert row["label"] == 7
     assert row["image"] == _png((255, 0, 0))
+    assert row["settings"] == {"images": "original pixels"}
+
+
+def _batch(labels: list[int], pixels_NHWC: np.ndarray) -> bytes:
+    """As https://www.cs.toronto.edu/~kriz/cifar.html describes the binary version: a label, then red, green, blue."""
+    return b"".join(
+        bytes([label]) + image_HWC.transpose(2, 0, 1).tobytes() for label, image_HWC in zip(labels, pixels_NHWC)
+    )
+
+
+def _binary(folder: Path) -> np.ndarray:
+    """Twelve random images: two in each of the five training batches, two to test on."""
+    (folder / "cifar-10-batches-bin").mkdir(parents=True)
+    pixels_NHWC = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+    for i, name in enumerate(names):
+        part = slice(2 * i, 2 * i + 2)
+        (folder / "cifar-10-batches-bin" / name).write_bytes(_batch([i, 9], pixels_NHWC[part]))
+    return pixels_NHWC
+
+
+@pytest.mark.parametrize("below", [".", "cifar10"])
+def test_cifar10_official_binaries(tmp_path: Path, below: str) -> None:
+    """The same pixels as PNG give the same features, to the bit, resized or not."""
+    pixels_NHWC = _binary(tmp_path / below)
+    train, test = CIFAR10.rows("train", tmp_path), CIFAR10.rows("test", tmp_path)
+    assert [row["label"] for row in train] == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9]
+    assert all((row["image"] == image).all() for row, image in zip([*train, *test], pixels_NHWC, strict=True))
+    assert {row["settings"]["images"] for row in (*train, *test)} == {"original pixels"}
+    buffer = io.BytesIO()
+    Image.fromarray(pixels_NHWC[10]).save(buffer, "PNG")
+    png = {"image": buffer.getvalue(), "label": 5, "where": "here"}
+    for size in (None, 48):
+        found, expected = (CIFAR10.encode([row], size, 0)[0]["pixel_values"] for row in (test[0], png))
+        assert torch.equal(found, expected)
+
+
+def test_cifar10_binaries_that_are_damaged(tmp_path: Path) -> None:
+    _binary(tmp_path)
+    path = tmp_path / "cifar-10-batches-bin" / "test_batch.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(files.DataError, match=r"test_batch\.bin: expected images of 3,073 bytes, found 6,145"):
+        CIFAR10.rows("test", tmp_path)
+    path.write_bytes(bytes([10]) + whole[1:])
+    with pytest.raises(files.DataError, match=r"test_batch\.bin image 0: expected a label 0 to 9, found '10'"):
+        CIFAR10.rows("test", tmp_path)
+    path.unlink()
+    with pytest.raises(files.MissingDataError, match=r"test_batch\.bin is missing"):
+        CIFAR10.rows("test", tmp_path)
+
+
+def test_cifar10_pickles_are_not_opened(tmp_path: Path) -> None:
+    """A pickle that would leave a file behind when it is read."""
+    import pickle
+
+    class Trap:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "sprung",)
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in ("data_batch_1", "test_batch"):
+        (folder / name).write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(files.DataError, match=r"pickled version of CIFAR-10.*cifar-10-batches-bin"):
+        CIFAR10.rows("test", tmp_path)
+    assert not (tmp_path / "sprung").exists()
+    _binary(tmp_path)  # beside it, the binary version is read
+    assert len(CIFAR10.rows("test", tmp_path)) == 2
+
+
+def test_lossy_images_are_called_so(tmp_path: Path) -> None:
+    """One JPEG among PNGs makes the score's pixels lossy; the setting is part of every score."""
+    from squeezoo.eval.run import evaluate
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (9, 9, 9)).save(buffer, "JPEG")
+    for images, said in (
+        ([_png((1, 2, 3)), _png((0, 0, 0))], "original pixels"), ([_png((1, 2, 3)), buffer.getvalue()], "JPEG (lossy)"),
+        ([b"RIFF webp", _png((0, 0, 0))], "another encoding"),
+    ):  # fmt: skip
+        _parquet(tmp_path, {"image": images, "label": [3, 9]})
+        assert {row["settings"]["images"] for row in CIFAR10.rows("test", tmp_path)} == {said}
+    _parquet(tmp_path, {"image": [buffer.getvalue()] * 2, "label": [3, 9]})
+    arguments = TIMM_ARGS | {"num_classes": 10, "in_chans": 3}
+    model = load_dense("timm/vit_tiny_patch16_224", model_args=arguments).model
+    (first, *_) = evaluate(model, CIFAR10, None, data_dir=tmp_path)
+    assert first.settings["images"] == "JPEG (lossy)"
 
 
 @pytest.mark.parametrize(

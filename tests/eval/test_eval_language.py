@@ -31,8 +31,9 @@ PAGES = (
 )
 
 
-def _tokenizer(*, masked: bool = False) -> Any:
-    """[PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, letters from 4, [MASK] 30; with [CLS] ... [SEP] around a text or not."""
+def _tokenizer(*, masked: bool = False, beginning: bool = False) -> Any:
+    """[PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, letters from 4, [MASK] 30; with [CLS] ... [SEP] around a text, with [CLS]
+    before it, as the tokenizers of OPT and Llama have their beginning token, or without."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -42,6 +43,8 @@ def _tokenizer(*, masked: bool = False) -> Any:
     if masked:
         special = [("[CLS]", 2), ("[SEP]", 3)]
         tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
+    if beginning:
+        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", bos_token="[CLS]", eos_token="[SEP]",
         cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
@@ -201,6 +204,44 @@ def test_word_perplexity_is_that_of_lm_evaluation_harness(tmp_path: Path, window
         assert score.value == pytest.approx(expected[score.metric], rel=1e-5)
         assert score.settings == {"window": window or 64, "text": "unk"}
         assert not score.higher_is_better
+
+
+@pytest.mark.parametrize("window", [10, 0])
+def test_a_beginning_token_stands_once_before_each_page(tmp_path: Path, window: int) -> None:
+    """The same words score alike whether or not the tokenizer adds its beginning token by itself: one is context of
+    each page, none is scored. With two, lm-evaluation-harness's issue 3333, the value would be another."""
+    model, folder = ALL["opt"](), _folder(tmp_path)
+    pages = [row["page"] for row in get_task("wikitext2/word").rows("test", folder)]
+    adds, plain = _tokenizer(beginning=True), _tokenizer()
+    assert adds("a b")["input_ids"] == [2, *plain("a b")["input_ids"]]
+    expected = _harness(model, plain, pages, window or 64)
+    for tokenizer in (adds, plain):
+        found = evaluate(model, "wikitext2/word", tokenizer, data_dir=folder, settings={"window": window})
+        assert {s.metric: s.value for s in found} == pytest.approx(expected, rel=1e-5)
+        assert {s.task_version for s in found} == {2}
+    twice = _harness(model, adds, pages, window or 64)
+    assert abs(twice["word_perplexity"] / expected["word_perplexity"] - 1) > 1e-3
+
+
+def test_a_beginning_token_is_never_scored_per_token(tmp_path: Path) -> None:
+    """One before the whole text, the first token of the first window, whose first token no protocol scores: by hand,
+    from the model's own probabilities of each window."""
+    model, tokenizer, folder = ALL["opt"](), _tokenizer(beginning=True), _folder(tmp_path)
+    rows = get_task("wikitext2/token").rows("test", folder)
+    ids = [2, *_tokenizer()("\n".join(row["page"] for row in rows))["input_ids"]]
+    assert ids.count(2) == 1
+    parts = [_log_probabilities(model, ids[start : start + 16]) for start in range(0, len(ids), 16)]
+    (score,) = evaluate(model, "wikitext2/token", tokenizer, data_dir=folder, settings={"window": 16})
+    assert score.value == pytest.approx(math.exp(-torch.cat([p for p in parts if len(p)]).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("plain text\n of no article \n", 1), (" \n \n a first line \n = Title = \n b \n", 3)]
+)
+def test_text_before_any_title_is_another_kind_of_file(tmp_path: Path, text: str, line: int) -> None:
+    message = rf"wiki\.test\.tokens:{line}: expected articles that begin with a line ' = Title = ', found text"
+    with pytest.raises(files.DataError, match=message):
+        get_task("wikitext2/token").rows("test", _folder(tmp_path, text=text))
 
 
 def test_raw_text_is_preferred_and_recorded(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from squeezoo.eval.roofline import (
 )
 from squeezoo.eval.roofline_fit import TimedGemm, fit_efficiency, fit_hardware, measure_gemms, this_cpu
 from squeezoo.eval.speed import Speed
+from squeezoo.roofline_cpu import int8_kernels
 from tiny import make
 
 VECTOR = json.loads((Path(__file__).parents[1] / "vectors" / "hardware_model.json").read_text(encoding="utf-8"))
@@ -193,17 +194,89 @@ def test_a_fitted_hardware_survives_json_and_is_called_fitted() -> None:
     assert not predict_model([_gemm()], 64, again).fitted
 
 
+SHAPES = ((1, 256, 256), (64, 256, 256), (128, 256, 512), (4, 512, 512))
+
+
 def test_this_cpu_is_measured() -> None:
     """Its own GEMMs, times of the right order: the fit's error is bounded loosely, since the machine may be busy."""
-    shapes = ((1, 256, 256), (64, 256, 256), (128, 256, 512), (4, 512, 512))
-    cpu = this_cpu(repeats=3, shapes=shapes)
+    cpu = this_cpu(repeats=3, shapes=SHAPES)
     assert "thread" in cpu.name
     assert cpu.rates["fp32"] > 1e7
     assert cpu.efficiency("fp32").measurements == 4
-    assert len(measure_gemms(shapes[:1], repeats=1)) == 1
+    assert len(measure_gemms(SHAPES[:1], repeats=1)["fp32"]) == 1
     prediction = predict_model([_gemm(weight=None, input=None)], 8, cpu, dense_format="fp32")
-    assert prediction.speedup == 1  # no sparse kernels on CPUs
+    assert prediction.speedup == 1
     assert prediction.dense_s > 0
+    assert predict_model([_gemm()], 8, cpu, dense_format="fp32").speedup == 1  # no int8 kernel, no rate
+
+
+class _Clock:
+    """Time that passes only in the GEMMs below, and a nanosecond whenever somebody looks."""
+
+    def __init__(self) -> None:
+        self.now, self.share = 0.0, 1.0
+
+    def process_time(self) -> float:
+        return self.share * self.now
+
+    def perf_counter(self) -> float:
+        self.now += 1e-9
+        return self.now
+
+    def gemm(self, rate: float) -> Any:
+        """Kernels of so many operations a second."""
+
+        def make(m: int, k: int, n_out: int) -> Any:
+            def call() -> None:
+                self.now += 2 * m * k * n_out / rate
+
+            return call
+
+        return make
+
+
+def test_kernels_of_the_runtime_have_the_speed_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of known speed on a clock of their own: int8 4 times as fast as float32, 2:4 6 times. A prediction of a
+    GEMM between the measured sizes finds both, and says that all of it but the memory's share was measured."""
+    clock = _Clock()
+    monkeypatch.setattr("squeezoo.eval.roofline_fit.time", clock)
+    monkeypatch.setattr("squeezoo.eval.roofline_fit.float32_gemm", clock.gemm(1e11))
+    cpu = this_cpu({"int8": clock.gemm(4e11), "int8_2:4": clock.gemm(6e11)}, repeats=3, shapes=SHAPES)
+    assert cpu.sparse == ("int8",)
+    assert cpu.rates == pytest.approx({"fp32": 1e11, "int8": 4e11}, rel=1e-3)
+    dense = predict_model([_gemm(sparsity=None)], 384, cpu, dense_format="fp32")
+    sparse = predict_model([_gemm()], 384, cpu, dense_format="fp32")
+    assert (dense.speedup, sparse.speedup) == pytest.approx((4, 6), rel=0.01)
+    assert set(sparse.efficiencies) == {"fp32", "int8_2:4"}
+    assert "int8_2:4 measured on 4 GEMMs: compute 0.75, overhead 0.0 us, guessed: memory 0.80" in sparse.factors()
+    assert str(sparse).startswith("model (")
+    assert "busy" not in cpu.source
+    clock.share = 0.4
+    assert "a busy machine, which left 40% of a core" in this_cpu(repeats=1, shapes=SHAPES).source
+    with pytest.raises(ValueError, match="int4_2:4 needs its dense kind too, int4"):
+        this_cpu({"int4_2:4": clock.gemm(1e11)})
+
+
+def test_factors_say_what_is_measured_and_what_is_guessed() -> None:
+    """In words and as data."""
+    assert PLACEHOLDER.told() == "guessed: compute 0.70, memory 0.80, overhead 3.0 us"
+    known = replace(PLACEHOLDER, measurements=5, guessed=("memory",))
+    assert known.told() == "measured on 5 GEMMs: compute 0.70, overhead 3.0 us, guessed: memory 0.80"
+    data = predict_model([_gemm()], 64, A100.with_efficiencies(fp16=known)).to_dict()["factors"]
+    assert data["fp16"]["guessed"] == ("memory",)
+    assert data["int8_2:4"]["measurements"] == 0
+
+
+def test_the_runtimes_own_kernels_are_timed() -> None:
+    """A real int8 plan on this machine: its kernels have a rate of their own, whatever it is."""
+    kernels = int8_kernels()
+    assert set(kernels) in (set(), {"int8"}, {"int8", "int8_2:4"})
+    cpu = this_cpu(kernels, repeats=3, shapes=SHAPES)
+    assert set(cpu.rates) == {"fp32", *(kind for kind in kernels if "_" not in kind)}
+    found = predict_model([_gemm()], 64, cpu, dense_format="fp32")
+    assert (found.speedup == 1) == (not kernels)
+    kinds = {"fp32"} if not kernels else {"fp32", "int8_2:4" if "int8_2:4" in kernels else "int8"}
+    assert set(found.efficiencies) == kinds
 
 
 @pytest.mark.parametrize(

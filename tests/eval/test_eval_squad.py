@@ -126,7 +126,7 @@ def _article(title: str, *questions: Any, context: str = "The cat sat.") -> Any:
     return {"title": title, "paragraphs": [{"context": context, "qas": list(questions)}]}
 
 
-def _question(identity: str, *answers: tuple[str, int], **more: Any) -> Any:
+def _question(identity: str, *answers: tuple[str, Any], **more: Any) -> Any:
     pairs = [{"text": text, "answer_start": start} for text, start in answers]
     return {"id": identity, "question": "  Who sat?", "answers": pairs, **more}
 
@@ -162,6 +162,11 @@ def test_unanswerable_questions_of_2_0(tmp_path: Path) -> None:
         (_question("q1"), "question q1: expected at least one answer, found none"),
         (_question("q1", (" ", 3)), "question q1: an answer is empty"),
         (_question("q1", ("cat", 5)), r"expected the answer 'cat' at character 5 of the context, found 'at '"),
+        # counted from the end, -8 would be the right place too
+        (_question("q1", ("cat", -8)), "question q1: answer_start of 'cat': expected the number .*, found -8"),
+        (_question("q1", ("cat", "4")), "question q1: answer_start of 'cat': expected the number .*, found '4'"),
+        (_question("q1", ("cat", True)), "found True"),
+        (_question("q1", ("cat", None)), "found None"),
         (_question("q1", ("cat", 4)) | {"question": " "}, "the question is empty"),
         ({"id": "q1", "answers": []} | {"question": None}, "the question is empty"),
         ({"id": "q1", "question": "Who?"}, "the key 'answers' is missing"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from squeezoo import catalog, zoo_cards
 from squeezoo.eval.task import Score
 from squeezoo.zoo_cards import numbers
 
@@ -23,6 +25,17 @@ from squeezoo.zoo_cards import numbers
 def test_speed_up_rounds_down(ratio: float, text: str) -> None:
     """Source: cutting after two decimals; 2.3 and 1.1 are not exact in binary and must not lose a hundredth."""
     assert numbers.speed_up(ratio) == text
+
+
+def test_the_list_and_the_cards_say_the_same_speed_up() -> None:
+    """`squeezoo list` against each published card's README: one function rounds both."""
+    records, table = catalog.zoo("*")
+    shown = list(next(column for column in table.columns if column.header == "speed-up").cells)
+    assert len(records) == len(shown) > 0
+    for record, cell in zip(records, shown, strict=True):
+        page = (Path(zoo_cards.__file__).parent / "cards" / record["name"] / "README.md").read_text(encoding="utf-8")
+        assert f"Best speed-up over dense {cell} (" in page
+        assert cell == numbers.speed_up(record["speed_up"])
 
 
 @pytest.mark.parametrize(

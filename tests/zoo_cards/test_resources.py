@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from card_costs import STORAGE, energy, resources, search
+from squeezoo import pipeline
 from squeezoo.compress.plan import Plan, PlannedAttention
 from squeezoo.eval.environment import environment
 from squeezoo.eval.trials import SweepReport, Trial
@@ -141,7 +143,7 @@ def test_the_roofline_is_called_a_model(full: Card, new_card: NewCard) -> None:
 def test_trials_stand_with_their_space_and_the_reported_score(full: Card) -> None:
     """Source: E.5 by hand for 0.90, 0.91, 0.92: E_1 the mean, E_2 = (.90 + 3 x .91 + 5 x .92) / 9."""
     text = section(full, "Seeds and trials")
-    assert "Seed: 0. Grid search of 4 trials from seed 0" in text
+    assert "Seed: 0. Grid search (model and recipe are not in its record), 4 trials from seed 0" in text
     assert "3 complete, 1 failed; mean training time of a trial 10 min" in text
     assert "| learning_rate | 1e-05, 3e-05 | 3e-05 |" in text
     assert "| rho | 0.0004 to 0.01, log | 0.001 |" in text
@@ -157,8 +159,8 @@ def test_a_search_is_read_from_the_sweeps_own_report(tmp_path: Path) -> None:
         Trial(2, {"lr": 5e-5}, "complete", 18.0, None),
     )  # fmt: skip
     report = SweepReport(
-        "gpt2", "r", "wikitext2/token", "valid", "perplexity", False, "its own split", {"lr": [1e-5, 3e-5, 5e-5]},
-        "grid", 0, trials, (), {"torch": "2"}, "Test CPU",
+        "somewhere/gpt2", "r", "wikitext2/token", "valid", "perplexity", False, "its own split",
+        {"lr": [1e-5, 3e-5, 5e-5]}, "grid", 0, trials, (), {"torch": "2"}, "Test CPU",
     )  # fmt: skip
     path = tmp_path / "sweep.json"
     path.write_text(json.dumps(report.to_dict()), encoding="utf-8")
@@ -166,6 +168,7 @@ def test_a_search_is_read_from_the_sweeps_own_report(tmp_path: Path) -> None:
     assert (found.planned, found.failed, found.values, found.best) == (3, 1, (20.0, 18.0), {"lr": 5e-5})
     assert (found.best_value, found.mean_seconds) == (18.0, 10.0)
     assert found.expected == report.expected
+    assert (found.model, found.recipe) == ("gpt2", "r")
     path.write_text('{"trials": []}', encoding="utf-8")
     with pytest.raises(ValueError, match=r"sweep.json: no trial of 0 is complete"):
         Search.load(path)
@@ -175,6 +178,60 @@ def test_a_search_is_read_from_the_sweeps_own_report(tmp_path: Path) -> None:
     path.write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"sweep.json: "):
         Search.load(path)
+
+
+def test_a_search_of_another_recipe_or_model_is_refused(full: Card, new_card: NewCard) -> None:
+    """Sources: the sweep's report says what it trained; records from before that say nothing, and the card says so."""
+    mine = search(model="bert-base.sst2.dense", recipe="gpusq-gemm-int8")
+    wanted = {"model": "runs/bert-base.sst2.dense", "recipe": "gpusq-gemm-int8", "task": "glue/sst2"}
+    mine.check_chose(**wanted)
+    search().check_chose(**wanted)  # an older record
+    for key, other in (("model", "runs/other"), ("recipe", "asp-2-4"), ("task", "glue/rte")):
+        with pytest.raises(
+            ValueError, match=f"the sweep is of another run: {key} .*, expected {other.removeprefix('runs/')}"
+        ):
+            mine.check_chose(**{**wanted, key: other})
+    with pytest.raises(ValueError, match="the search is of recipe asp-2-4, this card of gpusq-gemm-int8"):
+        new_card(search=search(recipe="asp-2-4"))
+    said = section(new_card(search=mine), "Seeds and trials")
+    assert "Grid search of gpusq-gemm-int8 from bert-base.sst2.dense, 4 trials from seed 0" in said
+
+
+@pytest.mark.parametrize(("model", "recipe"), [("runs/other", "gpusq-gemm-int8"), ("runs/sst2.dense", "asp-2-4")])
+def test_a_card_is_not_measured_with_another_runs_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, recipe: str
+) -> None:
+    """Before the first model is loaded, hours before the card is written; the matching sweep goes on to loading."""
+    made = SimpleNamespace(base={"name": "sst2.dense"}, recipe=SimpleNamespace(name="gpusq-gemm-int8"))
+    monkeypatch.setattr(pipeline, "load_manifest", lambda folder: made)
+
+    def load_dense(*_: object, **__: object) -> None:
+        raise LookupError("the dense model is loaded")
+
+    monkeypatch.setattr(pipeline, "load_dense", load_dense)
+
+    def measure(model: str, recipe: str) -> None:
+        trials = (Trial(0, {"lr": 1e-5}, "complete", 0.9, 10.0),)
+        report = SweepReport(
+            model, recipe, "glue/sst2", "train", "accuracy", True, "held out", {"lr": [1e-5]}, "grid", 0, trials, (),
+            {"torch": "2"}, "Test CPU",
+        )  # fmt: skip
+        (tmp_path / "sweep.json").write_text(json.dumps(report.to_dict()), encoding="utf-8")
+        pipeline.measure_card(tmp_path, tmp_path, "glue/sst2", commands=["squeezoo ..."], sweep=tmp_path)
+
+    with pytest.raises(ValueError, match="the sweep is of another run"):
+        measure(model, recipe)
+    with pytest.raises(LookupError, match="the dense model is loaded"):
+        measure("runs/sst2.dense", "gpusq-gemm-int8")
+
+
+def test_a_search_without_model_and_recipe_is_still_read(full: Card) -> None:
+    """results.json as it was written before these two fields came."""
+    data = full.to_dict()
+    assert {data["search"].pop("model"), data["search"].pop("recipe")} == {None}
+    assert Card.from_dict(data) == full
+    with pytest.raises(ValueError, match=r"search: .*missing space"):
+        Card.from_dict({**data, "search": {key: value for key, value in data["search"].items() if key != "space"}})
 
 
 def test_this_machine_is_described(new_card: NewCard) -> None:

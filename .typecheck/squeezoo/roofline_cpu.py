@@ -1,0 +1,1 @@
+../../roofline_cpu.py
