@@ -42,7 +42,7 @@ class CpuBench:
         self._stack = ExitStack()
         samples = samples_of(dense, model.sizes[0])
         self.models: dict[str, nn.Module] = {EAGER: dense}
-        self.models[OURS] = squeeze(dense, model.recipe, samples).build("int8")
+        self.models[OURS] = squeeze(dense, samples, model.recipe).build("int8")
         for note in select_kernels_(self.models[OURS]).notes:
             say(f"  selection: {note}")
         for name, engine in DYNAMIC.items():

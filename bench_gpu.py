@@ -35,7 +35,7 @@ class GpuBench:
 
     def __init__(self, dense: nn.Module, model: BenchModel, settings: argparse.Namespace) -> None:
         self.failed: dict[str, str] = {}
-        squeezed = squeeze(dense, model.recipe, samples_of(dense, model.sizes[0]))
+        squeezed = squeeze(dense, samples_of(dense, model.sizes[0]), model.recipe)
         ours = squeezed.build("cuda", "cuda")
         selection = select_kernels_(ours)
         for note in selection.notes:

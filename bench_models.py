@@ -142,8 +142,9 @@ class Squeezed:
         return assemble(self.description, self.tensors, self.plan, backend, device)
 
 
-def squeeze(dense: nn.Module, recipe: Recipe, samples: list[dict[str, Tensor]]) -> Squeezed:
-    """Prune and quantize a copy of ``dense``, calibrated on ``samples``."""
+def squeeze(dense: nn.Module, samples: list[dict[str, Tensor]], recipe: Recipe | None = None) -> Squeezed:
+    """Prune and quantize a copy of ``dense``, by `RECIPE` without another, calibrated on ``samples``."""
+    recipe = recipe or Recipe.parse(RECIPE, where="the benchmark's recipe")
     model = copy.deepcopy(dense)
     plan = make_plan(model, recipe)
     attach_(model, plan)

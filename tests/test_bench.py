@@ -55,7 +55,7 @@ def settings(tmp_path: Path, *more: str) -> argparse.Namespace:
 def test_every_kind_of_model_is_squeezed_and_runs_on_all_engines(model: BenchModel, tmp_path: Path) -> None:
     """All GEMMs of the blocks are int8; the reference of the same tensors agrees (random weights: two levels)."""
     dense = model.dense()
-    squeezed = squeeze(dense, model.recipe, samples_of(dense, model.sizes[0]))
+    squeezed = squeeze(dense, samples_of(dense, model.sizes[0]), model.recipe)
     inputs = make_inputs(dense, 2, model.sizes[0])
     ours, reference = squeezed.build("int8"), squeezed.build("reference")
     assert len(squeezed.plan.gemms) >= 6
