@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from recipe_cases import data_for, short
 from squeezoo.compress.checkpoint import load, load_manifest
 from squeezoo.compress.engine import compress
 from squeezoo.compress.masks import Pattern, check_nm
 from squeezoo.compress.recipe import Recipe, RecipeError, recipe_names
 from squeezoo.compress.rules import Unstructured, parse_sparsity
-from squeezoo.compress.train_data import TrainData
 from squeezoo.models.dense import Dense, library_of, logits
 from tiny import ALL, tiny_batch
 from torch import nn
@@ -18,29 +18,6 @@ from torch import nn
 ON_EVERY_KIND = ("gpusq-gemm-mha-int8", "deepcomp-sparse-int4", "sparsegpt-2-4", "nxm-admm", "dq")
 KINDS = ("gpt2", "bart", "timm_vit", "wav2vec2")
 INHERITS = ("imp-70-task", "imp-dq")
-
-
-def short(name: str) -> Recipe:
-    """The recipe with as little training as there can be: one epoch of two steps, events every two."""
-    data = Recipe.load(name).model_dump(mode="json")
-    for stage in data["stages"]:
-        if stage["stage"] == "finetune":
-            stage |= {"batch_size": 4, "learning_rate": 1e-3}
-            if stage["policy"]["method"] == "iterative":
-                stage["policy"]["interval"] = 2
-            else:
-                stage |= {"epochs": 1}
-            if data["student"]:  # PKD-skip leaves out the last of two blocks, and there are no more
-                stage["distill"]["blocks"] = [1]
-    if data["student"]:
-        data["student"]["blocks"] = 1
-    return Recipe.parse(data)
-
-
-def data_for(name: str) -> TrainData:
-    batch = tiny_batch(name, 8)
-    features = [{key: value[i] for key, value in batch.items()} for i in range(8)]
-    return TrainData(features, lambda rows: {key: torch.stack([row[key] for row in rows]) for key in rows[0]})
 
 
 def dense_for(name: str) -> Dense:

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipe_cases import data_for, short
 from squeezoo.compress.checkpoint import load, load_manifest
 from squeezoo.compress.engine import Compressed, compress
 from squeezoo.compress.export import export
 from squeezoo.compress.magnitude import MaskError
-from squeezoo.compress.recipe import Recipe
-from squeezoo.compress.train_data import TrainData
 from squeezoo.models import adapter_for, find_sites
 from squeezoo.models.dense import Dense, DenseError, load_dense, logits, save_dense
 from tiny import ALL, LABELS, ROWS, tiny_batch
@@ -26,25 +25,6 @@ CHAINS = (
     ("roberta_mlm", "roberta", "classifier.dense"),
     ("distilbert_mlm", "distilbert", "pre_classifier"),
 )
-
-
-def short(name: str) -> Recipe:
-    """The recipe with events every two steps, or one epoch."""
-    data = Recipe.load(name).model_dump(mode="json")
-    for stage in data["stages"]:
-        if stage["stage"] == "finetune":
-            stage |= {"batch_size": 4, "learning_rate": 1e-3}
-            if stage["policy"]["method"] == "iterative":
-                stage["policy"]["interval"] = 2
-            else:
-                stage["epochs"] = 1
-    return Recipe.parse(data)
-
-
-def data_for(name: str) -> TrainData:
-    batch = tiny_batch(name, 8)
-    features = [{key: value[i] for key, value in batch.items()} for i in range(8)]
-    return TrainData(features, lambda rows: {key: torch.stack([row[key] for row in rows]) for key in rows[0]})
 
 
 def pruned_by_events(total: int, events: int) -> int:
