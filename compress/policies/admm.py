@@ -54,7 +54,7 @@ def iteration_steps(settings: Admm, total: int, steps_per_epoch: int, samples: i
     """Optimizer steps of one iteration."""
     if settings.steps is not None:
         return settings.steps
-    return steps_per_epoch if samples < SMALL_DATA else max(80, total // 50)
+    return steps_per_epoch if samples < SMALL_DATA else max(FEWEST_STEPS, total // 50)
 
 
 def iteration_ends(settings: Admm, total: int, steps_per_epoch: int, samples: int) -> list[int]:
