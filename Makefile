@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: install quickstart test test-slow test-gpu test-extras peers bench-cpu bench-gpu tables lint format clean
+.PHONY: install quickstart test test-slow test-gpu test-gpu-emulated test-extras peers bench-cpu bench-gpu tables lint format clean
 
 install: $(STAMP)
 
@@ -36,6 +36,10 @@ test-slow: $(VENV)/.minilm $(VENV)/.smollm2
 # On a GPU of compute capability 8.0 or higher; Triton compiles many variants.
 test-gpu: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m gpu -n 8 tests/gpu tests/test_bench.py
+
+# The same without a GPU, on one emulated in host memory (tests/emulated); some 15 minutes on two cores.
+test-gpu-emulated: $(STAMP)
+	SQUEEZOO_EMULATED_GPU=1 OMP_NUM_THREADS=1 $(PY) -m pytest -m gpu -n 2 tests/gpu tests/test_bench.py
 
 # fairseq, megatron-core, BERTScore and the CTC beam search in an environment of their own. fairseq is compiled (minutes)
 # without build isolation, which would fetch a CUDA build of torch to compile against; pyctcdecode asks for an old NumPy.

@@ -151,7 +151,9 @@ def squeeze(dense: nn.Module, samples: list[dict[str, Tensor]], recipe: Recipe |
     magnitude_masks_(model)
     calibrate_(model, samples)
     description = describe(model)
-    return Squeezed(description, without_tied(pack(model, plan, recipe.storage), build(description), plan), plan)
+    packed = pack(model, plan, recipe.storage)
+    del model  # before another of its size is made: the largest ones fill the memory
+    return Squeezed(description, without_tied(packed, build(description), plan), plan)
 
 
 def samples_of(model: nn.Module, size: tuple[int, int], count: int = 2) -> list[dict[str, Tensor]]:

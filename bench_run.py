@@ -88,7 +88,7 @@ def run(job: Job, settings: argparse.Namespace) -> list[Cell]:
     for model in chosen(settings.models):
         points = [(batch, size) for size in sizes_of(model, settings.tokens) for batch in settings.batch_sizes]
         keys += [_key(model, batch, size) for batch, size in points]
-        missing = [p for p in points if settings.again or not grid.has(_key(model, *p), mark)]
+        missing = [p for p in points if settings.again or not _measured(grid, _key(model, *p), mark)]
         if missing:
             say(f"{model.name}: {len(missing)} of {len(points)} cells to measure")
             _measure_model(job, model, missing, settings, grid, mark)
@@ -136,6 +136,11 @@ def _measure_model(
             for name, reason in failed.items():
                 say(f"  {cell.key}: {name} failed: {reason}")
             say(f"  {cell.key}: " + ", ".join(f"{n} {m.timing.median_ms:.1f} ms" for n, m in engines.items()))
+
+
+def _measured(grid: Grid, key: str, mark: str) -> bool:
+    """A skipped cell is not: the limit may be another one now."""
+    return grid.has(key, mark) and grid.cells[key].skipped is None
 
 
 def sizes_of(model: BenchModel, tokens: Sequence[int] | None) -> tuple[tuple[int, int], ...]:

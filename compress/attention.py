@@ -76,7 +76,8 @@ def sparse_attention(
         multiplied V [B, H, Q, K] in the same dtype, selected, after dropout and quantization; or None.
 
     Raises:
-        ValueError: shapes that do not fit, or NaN in a score.
+        ValueError: shapes that do not fit, or NaN in a score (on a GPU, which would have to be waited for: NaN in the
+            output of its row).
     """
     quantizers = quantizers or AttentionQuantizers()
     _check(q_BHQD, k_BGKD, v_BGKE, mask)
@@ -113,7 +114,7 @@ def keep_probabilities(p: Tensor, pattern: Pattern, renormalize: bool = False) -
     selection on the scores, but where two scores round to the same probability the lower key is kept.
 
     Raises:
-        ValueError: a probability is NaN.
+        ValueError: a probability is NaN, on a CPU; on a GPU it stays NaN.
     """
     kept = keep_largest(p, pattern)
     if renormalize:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .masks import Pattern, nm_mask
+from .masks import Pattern, mask_without_waiting
 
 # Elements of the map handled at a time, per thread: the temporaries of a piece stay in a core's cache (measured).
 _CPU_PIECE = 1 << 18
@@ -107,7 +107,8 @@ def _forward(
     if mask is not None:
         mask = mask.to(wide).masked_fill(mask <= torch.finfo(mask.dtype).min / 2, float("-inf"))
         blocked = (mask == float("-inf")).all(-1, keepdim=True)  # rows without a valid key
-        blocked = blocked if bool(blocked.any()) else None
+        if q.device.type == "cpu" and not bool(blocked.any()):  # a GPU would have to be waited for
+            blocked = None
     out = None if v is None else v.new_empty((*shape[:3], v.shape[3]))
     probs = None if o.probs_dtype is None else q.new_empty(shape, dtype=o.probs_dtype)
     signed = q.new_empty(shape, dtype=wide) if track else None
@@ -179,19 +180,20 @@ def select(s_BHQK: Tensor, pattern: Pattern, first_key: int = 0) -> Tensor:
     keys). Entries of -inf fill groups that have fewer valid keys; their P is 0, so nothing of them is kept.
 
     Raises:
-        ValueError: a score is NaN.
+        ValueError: a score is NaN, on a CPU. A GPU would have to be waited for: P is NaN there, and all that follows.
     """
     front = -first_key % pattern.m  # keys of a group that began before key 0
     if not 0 < front < s_BHQK.shape[-1]:
-        return nm_mask(s_BHQK, pattern)
-    return torch.cat((nm_mask(s_BHQK[..., :front], pattern), nm_mask(s_BHQK[..., front:], pattern)), dim=-1)
+        return mask_without_waiting(s_BHQK, pattern)
+    parts = (s_BHQK[..., :front], s_BHQK[..., front:])
+    return torch.cat([mask_without_waiting(part, pattern) for part in parts], dim=-1)
 
 
 def keep_largest(p: Tensor, pattern: Pattern) -> Tensor:
     """``p`` [..., K] of values >= 0 with all but the N largest of each group of M set to 0, differentiable.
 
     Raises:
-        ValueError: NaN in ``p``.
+        ValueError: NaN in ``p``, on a CPU; on a GPU it stays NaN.
     """
     kept: Tensor = _KeepLargest.apply(p, pattern)
     return kept
@@ -209,7 +211,7 @@ class _KeepLargest(torch.autograd.Function):
         rows = max(1, _limit(p.device) // max(1, p.shape[-1]))
         for row in range(0, p_RK.shape[0], rows):
             at = slice(row, row + rows)
-            torch.mul(p_RK[at], nm_mask(p_RK[at], pattern), out=kept_RK[at])
+            torch.mul(p_RK[at], mask_without_waiting(p_RK[at], pattern), out=kept_RK[at])
         ctx.save_for_backward(kept)
         return kept
 

@@ -82,6 +82,12 @@ def nm_mask(score_OI: Tensor, pattern: Pattern) -> Tensor:
     return _mask_of_largest(score_OI, pattern, absolute=False)
 
 
+def mask_without_waiting(score_OI: Tensor, pattern: Pattern) -> Tensor:
+    """`nm_mask` for scores that were computed a moment ago: a GPU is not waited for, so there NaN is not refused, and
+    what is kept beside one is of no meaning."""
+    return _mask_of_largest(score_OI, pattern, absolute=False, refuse_nan=score_OI.device.type == "cpu")
+
+
 def magnitude_mask(w_OI: Tensor, pattern: Pattern) -> Tensor:
     """Mask of the N largest |w| of each group (ASP, Mishra et al., arXiv:2104.08378): [..., I] -> bool [..., I].
 
@@ -91,7 +97,7 @@ def magnitude_mask(w_OI: Tensor, pattern: Pattern) -> Tensor:
 
 
 @torch.no_grad()
-def _mask_of_largest(x_OI: Tensor, pattern: Pattern, absolute: bool) -> Tensor:
+def _mask_of_largest(x_OI: Tensor, pattern: Pattern, absolute: bool, refuse_nan: bool = True) -> Tensor:
     in_features = x_OI.shape[-1]
     x_RI = x_OI.reshape(-1, in_features)
     mask_RI = torch.empty(x_RI.shape, dtype=torch.bool, device=x_RI.device)
@@ -110,7 +116,7 @@ def _mask_of_largest(x_OI: Tensor, pattern: Pattern, absolute: bool) -> Tensor:
             score_RI.copy_(x_RI[row : row + step])
             if absolute:
                 score_RI.abs_()
-        if bool(score_RI.amax().isnan()):  # the maximum is NaN as soon as one score is
+        if refuse_nan and bool(score_RI.amax().isnan()):  # the maximum is NaN as soon as one score is
             count = int(x_RI.isnan().sum())
             raise ValueError(f"expected scores without NaN, found {count} NaN of {x_RI.numel()}; no mask was made")
         mask_chunk_RI = mask_RI[row : row + step]
@@ -152,16 +158,23 @@ def _signed(bytes_low_first: list[int]) -> int:
 
 
 def _keep_by_threshold(score_GM: Tensor, n: int) -> Tensor:
-    """Keep what is not below the n-th largest; only groups with ties across that line are looked at again."""
+    """Keep what is not below the n-th largest; on a CPU only groups with ties across that line are looked at again. To
+    find them a GPU would have to be waited for."""
     least_G1 = score_GM.topk(n, dim=1, sorted=False).values.amin(1, keepdim=True)
+    if score_GM.device.type != "cpu":
+        return _first_of_equals(score_GM, least_G1, n)
     kept_GM = score_GM >= least_G1
     tied = (kept_GM.sum(1, dtype=torch.int16) > n).nonzero().squeeze(1)
     if tied.numel():
-        score_TM, least_T1 = score_GM[tied], least_G1[tied]
-        above_TM, equal_TM = score_TM > least_T1, score_TM == least_T1
-        room_T1 = n - above_TM.sum(1, keepdim=True)
-        kept_GM[tied] = above_TM | (equal_TM & (equal_TM.cumsum(1) <= room_T1))
+        kept_GM[tied] = _first_of_equals(score_GM[tied], least_G1[tied], n)
     return kept_GM
+
+
+def _first_of_equals(score_TM: Tensor, least_T1: Tensor, n: int) -> Tensor:
+    """What is above the n-th largest, and of those equal to it as many as there is room for, from the lowest index."""
+    above_TM, equal_TM = score_TM > least_T1, score_TM == least_T1
+    room_T1 = n - above_TM.sum(1, keepdim=True)
+    return above_TM | (equal_TM & (equal_TM.cumsum(1) <= room_T1))
 
 
 def project(x_OI: Tensor, pattern: Pattern) -> Tensor:

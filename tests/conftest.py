@@ -12,6 +12,10 @@ os.environ["SQUEEZOO_SELECT"] = "off"  # no measuring of kernels, and no table i
 
 import pytest
 import torch
+from emulated import emulating, install
+
+if emulating():
+    install()
 
 DATA_ENV = "SQUEEZOO_DATA"
 

@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from emulated import emulating
 from gemms import asymmetric, symmetric
 from squeezoo.compress.quantizers import InputQuantization
 from squeezoo.compress.runtime import triton_quantize
@@ -22,7 +23,7 @@ from squeezoo.compress.runtime.triton_quantize import Int8Levels, finish, layer_
 from squeezoo.compress.runtime.triton_support import interpreting
 from torch import Tensor, nn
 
-DEVICE = "cpu" if interpreting() else "cuda"
+DEVICE = "cpu" if interpreting() and not emulating() else "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INPUTS = {
     "lsq": symmetric(0.0371), "lsq4": symmetric(0.31, bits=4), "minmax": asymmetric(0.021, 20),

@@ -136,4 +136,4 @@ def _weight(source: QuantizedGemm | FloatGemm) -> Tensor:
 def _dequantized(source: QuantizedGemm | FloatGemm) -> Tensor:
     if isinstance(source, QuantizedGemm):
         return source.weight_q_OI.float() * source.scale_O[:, None]
-    return source.weight_OI.float()
+    return source.weight_OI.float() + 0.0  # a pruned -0.0 becomes 0.0: whoever compresses may look at bits

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from cuda_models import DEVICE, moved, pruned_model, saved
+from emulated import emulating
 from squeezoo.bench_gpu import captured
 from squeezoo.compress.checkpoint import load
 from squeezoo.compress.recipe import Recipe
@@ -155,6 +156,7 @@ def test_a_cuda_graph_replays_with_new_inputs(name: str, recipe: str, folders: A
     assert not torch.equal(seen[0], seen[1])
 
 
+@pytest.mark.skipif(emulating(), reason="torch.compile writes code for a real GPU")
 @torch.inference_mode()
 def test_a_compiled_model_agrees(folders: Any) -> None:
     """Compiled before any other call, then for another batch size; equal bits when called again."""
@@ -189,3 +191,21 @@ def test_two_loads_agree(folders: Any) -> None:
     batch = moved(tiny.tiny_batch("bert", n=8, seed=5))
     first, second = (logits(load(folders("bert", RECIPES[0]), device=DEVICE, backend="cuda"), batch) for _ in range(2))
     assert far(first, second.float().cpu()) <= BF16
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", ["bert", "vit", "opt", "timm_vit", "wav2vec2"])
+@torch.inference_mode()
+def test_a_call_never_waits_for_the_device(name: str, recipe: str, folders: Any) -> None:
+    """Once the first call has searched its algorithms: PyTorch's own watch refuses every wait. Models in which
+    transformers itself does not wait, without padding masks, which it looks at."""
+    model = load(folders(name, recipe), device=DEVICE, backend="cuda")
+    batch = moved(tiny.tiny_batch(name, n=4, seed=5))
+    batch = {key: value for key, value in batch.items() if key in ("input_ids", "pixel_values", "input_values")}
+    expected = logits(model, batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = logits(model, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, expected)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from emulated import emulating
 from nm_attention_cases import *  # noqa: F403
 from nm_attention_cases import DEVICE, agrees, inputs
 from squeezoo.bench_gpu import captured
@@ -69,6 +72,7 @@ def test_in_a_cuda_graph() -> None:
         assert torch.equal(output, nm_attention(q, k, v, pattern=Pattern(2, 4), mask=mask, kernel="triton"))
 
 
+@pytest.mark.skipif(emulating(), reason="torch.compile writes code for a real GPU")
 def test_compiled() -> None:
     """One operator inside a compiled function, which adds the mask and scales the result."""
     q, k, v = inputs(batch=2, queries=33, keys=70)
@@ -81,3 +85,17 @@ def test_compiled() -> None:
     with torch.no_grad():
         expected = function()
         torch.testing.assert_close(torch.compile(function)(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "2:16"])
+@pytest.mark.parametrize("kernel", ["triton", "reference"])
+def test_nan_in_a_score_stays_nan(kernel: Any, pattern: str) -> None:
+    """A GPU is not waited for to refuse it: the output of that query is NaN, all others stay. 70 keys: the
+    last group is cut."""
+    q, k, v = inputs(batch=2, queries=33, keys=70)
+    expected = nm_attention(q, k, v, pattern=Pattern.parse(pattern), kernel=kernel)
+    q[1, 1, 5, 0] = float("nan")
+    found = nm_attention(q, k, v, pattern=Pattern.parse(pattern), kernel=kernel)
+    assert found[1, 1, 5].isnan().all()
+    found[1, 1, 5] = expected[1, 1, 5]
+    assert torch.equal(found, expected)
