@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .bench_models import BenchModel, samples_of, squeeze
 from .bench_run import ROOT, Job, parse_arguments, run, say
 from .compress.runtime.selection import select_kernels_
+from .eval.allocator import give_back_freed_memory
 from .eval.peers import Peer, PeerError, disagreement, write_batch, write_model
 from .eval.rounds import Call
 from .models.dense import logits
@@ -37,15 +38,21 @@ PEER_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 class CpuBench:
     """One model on every engine of a CPU."""
 
-    def __init__(self, dense: nn.Module, model: BenchModel, settings: argparse.Namespace) -> None:
+    def __init__(self, model: BenchModel, settings: argparse.Namespace) -> None:
         self.failed: dict[str, str] = {}
         self._stack = ExitStack()
+        dense = model.dense()
         samples = samples_of(dense, model.sizes[0])
-        self.models: dict[str, nn.Module] = {EAGER: dense}
-        self.models[OURS] = squeeze(dense, samples, model.recipe).build("int8")
-        for note in select_kernels_(self.models[OURS]).notes:
+        squeezed = squeeze(dense, samples, model.recipe)
+        del dense  # one of the largest models, dense, squeezed and packed at once, would not fit into 24 GB
+        ours = squeezed.build("int8")
+        del squeezed
+        for note in select_kernels_(ours).notes:
             say(f"  selection: {note}")
+        dense = model.dense()
+        self.models: dict[str, nn.Module] = {EAGER: dense, OURS: ours}
         for name, engine in DYNAMIC.items():
+            give_back_freed_memory()
             try:
                 self.models[name] = dynamic(dense, engine)
             except (RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -83,6 +90,7 @@ class CpuBench:
         """See `Bench`."""
         unable: dict[str, str] = {}
         calls: dict[str, Call] = {}
+        give_back_freed_memory()
         expected = logits(self.models[EAGER], inputs)
         self._errors: dict[str, float] = {}  # at once: the outputs of all engines may be larger than the models
         for name, model in self.models.items():

@@ -33,14 +33,16 @@ _WARMUP = 3  # calls before a capture: kernels are searched and memory is reserv
 class GpuBench:
     """One model on every engine of a GPU."""
 
-    def __init__(self, dense: nn.Module, model: BenchModel, settings: argparse.Namespace) -> None:
+    def __init__(self, model: BenchModel, settings: argparse.Namespace) -> None:
         self.failed: dict[str, str] = {}
+        dense = model.dense()
         squeezed = squeeze(dense, samples_of(dense, model.sizes[0]), model.recipe)
         ours = squeezed.build("cuda", "cuda")
         selection = select_kernels_(ours)
         for note in selection.notes:
             say(f"  selection: {note}")
         del squeezed
+        dense = model.dense()
         self.models = {FP32: dense.to("cuda"), BF16: copy.deepcopy(dense).to("cuda", torch.bfloat16), OURS_EAGER: ours}
         self.compiled = torch.compile(self.models[BF16])
         self._clock = clock_for(torch.device("cuda"))

@@ -3,7 +3,6 @@ one shot in the process. Speed depends on shapes and formats, not on what was le
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,18 +141,15 @@ class Squeezed:
         return assemble(self.description, self.tensors, self.plan, backend, device)
 
 
-def squeeze(dense: nn.Module, samples: list[dict[str, Tensor]], recipe: Recipe | None = None) -> Squeezed:
-    """Prune and quantize a copy of ``dense``, by `RECIPE` without another, calibrated on ``samples``."""
+def squeeze(model: nn.Module, samples: list[dict[str, Tensor]], recipe: Recipe | None = None) -> Squeezed:
+    """Prune and quantize ``model``, which is used up, by `RECIPE` without another, calibrated on ``samples``."""
     recipe = recipe or Recipe.parse(RECIPE, where="the benchmark's recipe")
-    model = copy.deepcopy(dense)
     plan = make_plan(model, recipe)
     attach_(model, plan)
     magnitude_masks_(model)
     calibrate_(model, samples)
     description = describe(model)
-    packed = pack(model, plan, recipe.storage)
-    del model  # before another of its size is made: the largest ones fill the memory
-    return Squeezed(description, without_tied(packed, build(description), plan), plan)
+    return Squeezed(description, without_tied(pack(model, plan, recipe.storage), build(description), plan), plan)
 
 
 def samples_of(model: nn.Module, size: tuple[int, int], count: int = 2) -> list[dict[str, Tensor]]:

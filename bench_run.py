@@ -45,14 +45,14 @@ class Job:
 
     Args:
         device: ``cpu`` or ``cuda``. baseline, ours, peers: names of engines.
-        ready: dense model and its record -> context with the engines of this model.
+        ready: record of a model -> context with its engines.
     """
 
     device: str
     baseline: str
     ours: str
     peers: tuple[str, ...]
-    ready: Callable[[nn.Module, BenchModel, argparse.Namespace], AbstractContextManager[Bench]]
+    ready: Callable[[BenchModel, argparse.Namespace], AbstractContextManager[Bench]]
 
 
 def parse_arguments(what: str, text: str | None, arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -116,12 +116,13 @@ def _measure_model(
             why = f"skipped: some {guess:.0f} s a dense call, the limit is {settings.max_call:g}"
             grid.add_(Cell(model.name, batch, model.label(size), mark, skipped=why))
         else:
-            fitting.append((batch, size))
+            fitting.append((batch, size, make_inputs(dense, batch, size)))
     if not fitting:
         return
-    with job.ready(dense, model, settings) as bench:
-        for batch, size in fitting:
-            calls, unable = bench.calls(make_inputs(dense, batch, size))
+    del dense  # the engines make their own, one after the other
+    with job.ready(model, settings) as bench:
+        for batch, size, inputs in fitting:
+            calls, unable = bench.calls(inputs)
             with progress_bar(True, auto_refresh=False) as bar:
                 line = bar.add_task(f"{model.name}, batch {batch}, {model.label(size)}", total=None)
 

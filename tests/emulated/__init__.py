@@ -63,7 +63,8 @@ def install() -> None:
         "device": Device, "Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph": graph,
         "stream": lambda stream: contextlib.nullcontext(), "current_stream": lambda device=None: Stream(),
         "is_current_stream_capturing": torch.ops.emulated.capturing, "manual_seed": lambda seed: None,
-        "manual_seed_all": lambda seed: None,
+        "manual_seed_all": lambda seed: None, "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "set_sync_debug_mode": lambda mode: torch.ops.emulated.refuse(mode in ("error", 2)),
     }  # fmt: skip
     for name, value in found.items():

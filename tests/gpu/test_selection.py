@@ -39,7 +39,7 @@ ROWS = (1, 17, 1024)
 def bert() -> tuple[nn.Module, Squeezed]:
     """Two blocks of BERT-base, dense and squeezed, on the CPU."""
     dense = BERT.dense()
-    return dense, squeeze(dense, samples_of(dense, BERT.sizes[0]))
+    return dense, squeeze(BERT.dense(), samples_of(dense, BERT.sizes[0]))
 
 
 @pytest.fixture
