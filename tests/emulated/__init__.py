@@ -69,6 +69,8 @@ def install() -> None:
     }  # fmt: skip
     for name, value in found.items():
         setattr(torch.cuda, name, value)
+        if hasattr(torch.cuda.random, name):
+            setattr(torch.cuda.random, name, value)
 
 
 def _built() -> Path:
