@@ -45,8 +45,10 @@ class CpuBench:
         samples = samples_of(dense, model.sizes[0])
         squeezed = squeeze(dense, samples, model.recipe)
         del dense  # one of the largest models, dense, squeezed and packed at once, would not fit into 24 GB
+        give_back_freed_memory()
         ours = squeezed.build("int8")
         del squeezed
+        give_back_freed_memory()
         for note in select_kernels_(ours).notes:
             say(f"  selection: {note}")
         dense = model.dense()

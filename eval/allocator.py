@@ -7,6 +7,7 @@ system at once, which hands them out again page by page and zeroed: 3 to 10 % of
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 
@@ -31,6 +32,8 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Let glibc give all freed memory to the system now, also from between blocks in use: before something large."""
+    """Free what only cycles hold, as models do that hooks point back to, and let glibc give all freed memory to the
+    system, also from between blocks in use: before something large."""
+    gc.collect()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
